@@ -1,0 +1,66 @@
+"""`LazyTensor`: a tensor that is known by name, codec and shape, and read only when asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from math import prod
+
+import numpy as np
+import numpy.typing as npt
+
+from earnest.codecs.base import Codec, Float32, Raw
+
+
+@dataclass(frozen=True)
+class LazyTensor:
+    """One tensor of a checkpoint, not read yet.
+
+    Attributes:
+        name: its canonical name (or, below a dialect, the name in the file).
+        codec: what its stored bits mean.
+        shape: `[rows, columns]` or `[n]`, as the arithmetic sees it.
+        view: returns the stored array, a view of the memory-mapped file wherever the layout allows
+            (shape `codec.stored_shape(shape)`, dtype `codec.storage`).
+        origin: file and stored name, for messages.
+    """
+
+    name: str
+    codec: Codec
+    shape: tuple[int, ...]
+    view: Callable[[], Raw]
+    origin: str
+
+    @property
+    def size(self) -> int:
+        """Number of weights."""
+        return prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Stored bytes."""
+        return self.size // self.codec.block_weights * self.codec.block_bytes
+
+    def raw(self) -> Raw:
+        """The stored array, not decoded; a view of the file where the layout allows."""
+        return self.view()
+
+    def read(self) -> Float32:
+        """The whole tensor decoded to float32 `shape`."""
+        return self.codec.decode(self.view())
+
+    def read_rows(self, rows: slice | npt.NDArray[np.integer]) -> Float32:
+        """Some rows (first axis) decoded to float32, without touching the others."""
+        return self.codec.decode(self.view()[rows])
+
+    def row_blocks(self, max_weights: int = 2**22) -> Iterator[tuple[slice, Raw]]:
+        """The stored array in blocks of whole rows of about `max_weights` weights, in order."""
+        stored = self.view()
+        rows = max(1, max_weights // max(1, self.size // max(1, self.shape[0])))
+        for start in range(0, self.shape[0], rows):
+            block = slice(start, min(start + rows, self.shape[0]))
+            yield block, stored[block]
+
+    def renamed(self, name: str) -> LazyTensor:
+        """The same tensor under another name."""
+        return replace(self, name=name)

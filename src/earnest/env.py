@@ -1,0 +1,84 @@
+"""Every environment variable that Earnest reads: name, meaning, default, in this one place.
+
+A variable that does not parse is an error, never a silent default.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from earnest.errors import UserError
+
+
+@dataclass(frozen=True)
+class Variable:
+    """One environment variable: its name, its default in words, what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+
+VARIABLES = (
+    Variable("EARNEST_CACHE", "~/.cache/earnest", "folder for fetched models"),
+    Variable("EARNEST_MEMORY_GIB", "half of the free memory", "GiB that decoded weights may take"),
+    Variable("EARNEST_OFFLINE", "0", "1: never use the network; fail instead of fetching"),
+)
+
+
+def cache_dir() -> Path:
+    """Folder for fetched models (`EARNEST_CACHE`); may not exist yet."""
+    if value := os.environ.get("EARNEST_CACHE"):
+        return Path(value).expanduser()
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "earnest"
+
+
+def offline() -> bool:
+    """Whether the network must not be used (`EARNEST_OFFLINE`).
+
+    Raises:
+        UserError: the variable is neither 0 nor 1.
+    """
+    value = os.environ.get("EARNEST_OFFLINE", "0")
+    if value not in ("", "0", "1"):
+        raise UserError("EARNEST_OFFLINE is not a switch", got=value, expected="0 or 1")
+    return value == "1"
+
+
+def memory_budget() -> int:
+    """Bytes that decoded weights may take (`EARNEST_MEMORY_GIB`).
+
+    Raises:
+        UserError: the variable is not a positive number.
+    """
+    value = os.environ.get("EARNEST_MEMORY_GIB")
+    if value is None:
+        return free_memory() // 2
+    try:
+        gib = float(value)
+    except ValueError:
+        gib = -1.0
+    if not 0 <= gib < 1e6:
+        raise UserError(
+            "EARNEST_MEMORY_GIB is not an amount of memory",
+            got=value,
+            expected="GiB as a number, for example 4 or 0.5",
+        )
+    return int(gib * 2**30)
+
+
+def free_memory() -> int:
+    """Bytes of memory that can be taken now without swapping; 4 GiB where that is unknown."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except (OSError, ValueError, IndexError):
+        pass
+    try:
+        return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    except (AttributeError, ValueError, OSError):
+        return 4 * 2**30
