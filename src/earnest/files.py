@@ -176,9 +176,11 @@ class StagedFolder:
     @staticmethod
     def _belongs_to(note: Path, fingerprint: dict[str, Any]) -> bool:
         try:
-            return read_json(note) == json.loads(json.dumps(fingerprint))
+            found = read_json(note)
         except EarnestError:
             return False
+        expected: dict[str, Any] = json.loads(json.dumps(fingerprint))
+        return found == expected
 
     def commit(self) -> None:
         """Rename the finished folder to its destination."""

@@ -1,4 +1,4 @@
-"""What a model is, in numbers: configuration, presets, and the accounting that follows from them."""
+"""What a model is, in numbers: configuration, presets, and accounting."""
 
 from earnest.config.ernie import ErnieConfig
 
