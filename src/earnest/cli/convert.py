@@ -1,0 +1,88 @@
+"""`earnest convert`: a checkpoint in another layout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from earnest import hub
+from earnest.checkpoint import convert, open_checkpoint
+from earnest.cli.terminal import (
+    allow_bias_option,
+    force_option,
+    human_bytes,
+    json_option,
+    notice,
+    out,
+    print_json,
+    progress_bar,
+)
+
+EPILOG = """\b
+Examples:
+  earnest convert ./ERNIE-4.5-21B-A3B-PT ./paddle --to paddle
+  earnest convert ./ERNIE-4.5-0.3B-Paddle ./hf --to hf
+  earnest convert model.gguf ./hf --to hf --dtype bf16
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--to", "layout", type=click.Choice(["hf", "paddle"]), required=True, help="Target layout."
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "f16", "f32"]),
+    help="Store weights in this type (default: as they are; quantised blocks become bf16).",
+)
+@click.option(
+    "--shard-size",
+    type=click.FloatRange(min=0.001),
+    default=5.0,
+    show_default=True,
+    help="Largest file, in GB.",
+)
+@force_option
+@allow_bias_option
+@json_option
+def command(
+    source: str,
+    destination: Path,
+    layout: str,
+    dtype: str | None,
+    shard_size: float,
+    force: bool,
+    allow_missing_correction_bias: bool,
+    as_json: bool,
+) -> None:
+    """Rewrite the checkpoint SRC (any layout Earnest opens) as the folder DST.
+
+    Weights stream from file to file: memory stays far under 2 GB whatever the size. DST appears
+    when it is complete; an interrupted run is continued by the same command.
+    """
+    with progress_bar("converting") as progress:
+        path = hub.locate(source, progress=progress, notice=notice)
+        checkpoint = open_checkpoint(
+            path, allow_missing_correction_bias=allow_missing_correction_bias
+        )
+        report = convert.convert(
+            checkpoint,
+            destination,
+            layout,
+            dtype=dtype,
+            force=force,
+            shard_bytes=int(shard_size * 1e9),
+            progress=progress,
+        )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    out.print(
+        f"wrote {destination}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
+        markup=False,
+    )
+    for note in report.notes:
+        notice(note)

@@ -1,0 +1,241 @@
+"""`earnest run`: ask a model once, or chat with it on a terminal."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import click
+
+from earnest import hub
+from earnest.cli.terminal import (
+    allow_bias_option,
+    json_option,
+    notice,
+    out,
+    print_json,
+    progress_bar,
+)
+from earnest.engine import LanguageModel, SamplingParams, TokenEvent, load, sampling_defaults
+from earnest.errors import ChatUnsupportedError, MissingPackageError, NetworkError, UserError
+
+EPILOG = """\b
+Examples:
+  earnest run "Why is the sky blue?"            the default model (smollm2) answers
+  earnest run smollm2                           chat, on a terminal
+  earnest run stories "Once upon a time"        the small story model, no download
+  earnest run ./model -p "2+2=" --temperature 0 --max-tokens 8 --json
+  cat letter.txt | earnest run ./model --raw    continue a text
+"""
+
+# Sampling options that are handed on under their own names when they are given.
+_SAMPLING = (
+    ("--max-tokens", int, "At most this many new tokens."),
+    ("--min-tokens", int, "No end before this many tokens."),
+    ("--temperature", float, "0 is greedy; higher is more varied."),
+    ("--top-k", int, "Keep the k likeliest tokens (0: all)."),
+    ("--top-p", float, "Keep the likeliest tokens that reach this probability."),
+    ("--min-p", float, "Drop tokens less likely than this times the likeliest."),
+    ("--repetition-penalty", float, "Divide the logits of tokens already seen (1: off)."),
+    ("--presence-penalty", float, "Subtract once from tokens already written."),
+    ("--frequency-penalty", float, "Subtract per occurrence from tokens already written."),
+    ("--seed", int, "Makes the answer reproducible."),
+    ("--logprobs", int, "With --json: log-probabilities and the n likeliest tokens."),
+    ("--prompt-logprobs", int, "With --json: the same for the prompt."),
+)
+
+
+def _sampling_options(command: Any) -> Any:
+    for flag, kind, text in reversed(_SAMPLING):
+        command = click.option(flag, type=kind, default=None, help=text)(command)
+    return command
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model", required=False)
+@click.argument("text", required=False, metavar="[PROMPT]")
+@click.option("-p", "--prompt", help="The prompt (or give it after MODEL, or on standard input).")
+@click.option("--system", help="A system message for the chat.")
+@click.option("--raw", is_flag=True, help="Continue the prompt as plain text: no chat template.")
+@click.option("--chat", is_flag=True, help="Insist on a chat: an error if the model cannot.")
+@_sampling_options
+@click.option("--stop", multiple=True, help="Stop before this text (may be given repeatedly).")
+@click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
+@click.option("--context", type=click.IntRange(min=1), help="Tokens of context to reserve.")
+@click.option("--timings", is_flag=True, help="Show tokens per second at the end.")
+@allow_bias_option
+@json_option
+def command(
+    model: str | None,
+    text: str | None,
+    prompt: str | None,
+    system: str | None,
+    raw: bool,
+    chat: bool,
+    stop: tuple[str, ...],
+    ignore_eos: bool,
+    context: int | None,
+    timings: bool,
+    allow_missing_correction_bias: bool,
+    as_json: bool,
+    **sampling: Any,
+) -> None:
+    """Ask MODEL (default: smollm2), or chat with it on a terminal when no prompt is given.
+
+    A model with a chat template is asked in its chat format; --raw continues the text instead.
+    """
+    if raw and chat:
+        raise UserError("--raw and --chat contradict each other", remedy="pass one of them")
+    name, question = _model_and_prompt(model, text, prompt)
+    if question is None and not sys.stdin.isatty():
+        question = sys.stdin.read().rstrip("\n")
+    given = {key: value for key, value in sampling.items() if value is not None}
+    # Checked before the model is loaded: a typing error should not cost a download.
+    SamplingParams(**given)
+
+    begun = time.monotonic()
+    language_model = _load(name, context, allow_missing_correction_bias)
+    load_seconds = time.monotonic() - begun
+    chatting = _chats(language_model, raw=raw, chat=chat)
+    defaults = sampling_defaults(language_model.checkpoint)
+    params = SamplingParams(
+        **(_fields(defaults) | given | {"stop": stop, "ignore_eos": ignore_eos})
+    )
+    if question is None:
+        if as_json:
+            raise UserError("--json needs a prompt", remedy="pass one with -p")
+        from earnest.cli.conversation import converse
+
+        converse(language_model, params, system=system, chatting=chatting)
+        return
+    messages = ([{"role": "system", "content": system}] if system else []) + [
+        {"role": "user", "content": question}
+    ]
+    if as_json:
+        completion = (
+            language_model.chat(messages, params)
+            if chatting
+            else language_model.generate(question, params)
+        )
+        print_json(_as_dict(completion, name, chatting, load_seconds))
+        return
+    events = (
+        language_model.stream_chat(messages, params)
+        if chatting
+        else language_model.stream(question, params)
+    )
+    if not chatting:
+        out.print(question, end="", markup=False)
+    count, seconds = show(events)
+    if timings:
+        notice(f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):.2f} tokens/s")
+
+
+def _model_and_prompt(
+    model: str | None, text: str | None, prompt: str | None
+) -> tuple[str | None, str | None]:
+    """Tell `run MODEL PROMPT`, `run MODEL` and `run PROMPT` apart.
+
+    A single argument is a prompt if it contains white space and no such path exists.
+    """
+    if text is not None and prompt is not None:
+        raise UserError("two prompts were given", remedy="pass it once: after MODEL or with -p")
+    prompt = text if prompt is None else prompt
+    if (
+        model is not None
+        and prompt is None
+        and len(model.split()) > 1
+        and model not in hub.BUILTIN
+        and not _exists(model)
+    ):
+        return None, model
+    return model, prompt
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except (OSError, ValueError):
+        return False  # a prompt too long to be a path, or with a NUL in it
+
+
+def _load(name: str | None, context: int | None, allow_missing_bias: bool) -> LanguageModel:
+    with progress_bar("opening") as progress:
+        try:
+            path = hub.locate(name or "smollm2", progress=progress, notice=notice)
+        except (NetworkError, MissingPackageError) as error:
+            if name is not None:
+                raise
+            notice(f"the default model could not be fetched ({error.problem})")
+            name, path = "stories", hub.locate("stories")
+        if name == "stories":
+            notice(
+                "stories: a 260-thousand-parameter model that only knows how to tell small "
+                "children's stories in English; it answers no questions."
+            )
+        return load(
+            path,
+            max_context=context,
+            allow_missing_correction_bias=allow_missing_bias,
+            progress=progress,
+        )
+
+
+def _chats(model: LanguageModel, *, raw: bool, chat: bool) -> bool:
+    able = model.tokenizer.chat_template is not None
+    if chat and not able:
+        raise ChatUnsupportedError(
+            "this model has no chat format: it is a Base model, which continues text",
+            remedy="leave out --chat and phrase the prompt as the beginning of a text, "
+            "or use a post-trained model",
+        )
+    return able and not raw
+
+
+def _fields(params: SamplingParams) -> dict[str, Any]:
+    return {name: getattr(params, name) for name in params.__dataclass_fields__}
+
+
+def show(events: Iterator[TokenEvent]) -> tuple[int, float]:
+    """Print a stream as it comes; returns the tokens and the seconds it took."""
+    begun, count = time.monotonic(), 0
+    for event in events:
+        count += 1
+        sys.stdout.write(event.text)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+    return count, time.monotonic() - begun
+
+
+def _as_dict(completion: Any, name: str | None, chat: bool, load_seconds: float) -> dict[str, Any]:
+    def row(entry: Any) -> Any:
+        return entry and {
+            "token_id": entry.token_id,
+            "logprob": entry.logprob,
+            "top": [list(pair) for pair in entry.top],
+        }
+
+    prompt_tokens, new_tokens = len(completion.prompt_token_ids), len(completion.token_ids)
+    result: dict[str, Any] = {
+        "model": name or "smollm2",
+        "chat": chat,
+        "prompt_ids": completion.prompt_token_ids,
+        "completion_ids": completion.token_ids,
+        "text": completion.text,
+        "finish_reason": completion.finish_reason,
+        "timings": {
+            "load_seconds": load_seconds,
+            "prompt_seconds": completion.prompt_seconds,
+            "decode_seconds": completion.decode_seconds,
+            "prompt_tokens_per_second": prompt_tokens / max(completion.prompt_seconds, 1e-9),
+            "decode_tokens_per_second": new_tokens / max(completion.decode_seconds, 1e-9),
+        },
+    }
+    if completion.logprobs is not None:
+        result["logprobs"] = [row(entry) for entry in completion.logprobs]
+    if completion.prompt_logprobs is not None:
+        result["prompt_logprobs"] = [row(entry) for entry in completion.prompt_logprobs]
+    return result

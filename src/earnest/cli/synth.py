@@ -1,0 +1,73 @@
+"""`earnest synth`: a checkpoint of true shapes with random weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from earnest.checkpoint import synth
+from earnest.cli.terminal import (
+    force_option,
+    human_bytes,
+    json_option,
+    out,
+    print_json,
+    progress_bar,
+)
+from earnest.config import PRESETS, preset
+
+EPILOG = """\b
+Examples:
+  earnest synth ./random-0.3b --preset 0.3b --seed 1
+  earnest synth ./four-layers --preset 21b-a3b --seed 1 --layers 4
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--preset", "preset_name", required=True, help=f"Configuration: {', '.join(PRESETS)}."
+)
+@click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Random seed."
+)
+@click.option("--layers", type=click.IntRange(min=1), help="Only the first N layers.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["bf16", "f16", "f32"]),
+    default="bf16",
+    show_default=True,
+    help="Type of the weights (router and correction bias are always f32).",
+)
+@click.option("--mtp", is_flag=True, help="Also write the multi-token-prediction block.")
+@force_option
+@json_option
+def command(
+    destination: Path,
+    preset_name: str,
+    seed: int,
+    layers: int | None,
+    dtype: str,
+    mtp: bool,
+    force: bool,
+    as_json: bool,
+) -> None:
+    """Write a Hugging Face folder DST with random weights: for tests and benchmarks.
+
+    Scales are plausible and the correction bias is not zero. The same seed gives the same bytes.
+    """
+    config = preset(preset_name)
+    if layers is not None:
+        config = synth.truncated(config, layers)
+    with progress_bar("writing") as progress:
+        report = synth.synth(
+            destination, config, seed=seed, mtp=mtp, dtype=dtype, force=force, progress=progress
+        )
+    if as_json:
+        print_json(report.to_dict())
+        return
+    out.print(
+        f"wrote {destination}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
+        markup=False,
+    )

@@ -1,0 +1,98 @@
+"""How verbs speak: results to standard output, notices and progress to standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+from rich.progress import Progress as Bar
+from rich.table import Table
+
+from earnest.log import Progress
+
+out = Console(soft_wrap=True, highlight=False)
+err = Console(stderr=True, soft_wrap=True, highlight=False)
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
+allow_bias_option = click.option(
+    "--allow-missing-correction-bias",
+    is_flag=True,
+    help="Open a MoE checkpoint that lost its e_score_correction_bias (routes differently!).",
+)
+force_option = click.option("--force", is_flag=True, help="Replace DST if it exists.")
+
+
+def notice(text: str) -> None:
+    """Tell the person something that is not the result."""
+    err.print(text, style="dim", markup=False)
+
+
+def print_json(value: Any) -> None:
+    """Print a result for machines."""
+    click.echo(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+
+
+@contextlib.contextmanager
+def progress_bar(label: str) -> Iterator[Progress]:
+    """A progress bar over bytes on a terminal; elsewhere a plain line every ten seconds."""
+    if not sys.stderr.isatty():
+        yield _plain_lines(label)
+        return
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Bar(*columns, console=err, transient=True) as bar:
+        task = bar.add_task(label, total=None)
+
+        def advance(done: int, total: int, what: str) -> None:
+            bar.update(task, completed=done, total=total, description=f"{label} {what[-40:]}")
+
+        yield advance
+
+
+def _plain_lines(label: str) -> Progress:
+    spoken = time.monotonic()
+
+    def advance(done: int, total: int, what: str) -> None:
+        nonlocal spoken
+        if time.monotonic() - spoken >= 10:
+            spoken = time.monotonic()
+            notice(f"{label}: {100 * done / max(total, 1):.0f}% ({what})")
+
+    return advance
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """Print a table; every column but the first is right-aligned."""
+    table = Table(title=title, title_justify="left", title_style="bold")
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    out.print(table)
+
+
+def human_bytes(count: float) -> str:
+    """A size for people: decimal units, three digits."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}" if unit != "B" else f"{count:.0f} B"
+        count /= 1000
+    return f"{count:,.3g} TB"
