@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -28,6 +28,10 @@ class LeftOut:
     nbytes: int
 
 
+def _nothing_to_forget() -> None:
+    """The `forget` of a checkpoint that is not memory-mapped."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """An opened checkpoint.
@@ -43,6 +47,8 @@ class Checkpoint:
         notes: what a careful reader should know, one sentence each.
         generation_config: the folder's `generation_config.json`, or what a GGUF file says of it.
         metadata: the GGUF metadata, or the folder's raw `config.json`.
+        forget: gives the pages read so far back to the system; whoever streams over all weights
+            calls it after each piece, so that the peak memory stays small.
     """
 
     path: Path
@@ -54,6 +60,7 @@ class Checkpoint:
     notes: tuple[str, ...] = ()
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    forget: Callable[[], None] = field(default=_nothing_to_forget, repr=False, compare=False)
 
     @cached_property
     def tokenizer(self) -> Tokenizer:
