@@ -183,15 +183,17 @@ class StagedFolder:
         return found == expected
 
     def commit(self) -> None:
-        """Rename the finished folder to its destination."""
+        """Rename the finished folder to its destination; what was there goes only after that."""
+        replaced = self.destination.with_name(f".{self.destination.name}.replaced")
         with machine_errors(self.destination, "renaming to"):
             (self.path / self._FINGERPRINT).unlink(missing_ok=True)
             if self.destination.exists():
-                if self.destination.is_dir() and not self.destination.is_symlink():
-                    shutil.rmtree(self.destination)
-                else:
-                    self.destination.unlink()
+                self.destination.rename(replaced)
             self.path.rename(self.destination)
+            if replaced.is_dir() and not replaced.is_symlink():
+                shutil.rmtree(replaced)
+            else:
+                replaced.unlink(missing_ok=True)
 
 
 def _is_empty_folder(path: Path) -> bool:

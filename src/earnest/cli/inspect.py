@@ -59,3 +59,9 @@ def command(
         print_json(facts)
     else:
         _print(facts)
+
+
+def _print(facts: dict[str, Any]) -> None:
+    """The facts of `describe` as three short tables."""
+    if "path" in facts:
+        out.print(f"{facts['path']}: {facts['container']}, {facts['dialect']} layout", markup=False)

@@ -1,0 +1,327 @@
+"""Every verb as a user meets it: as a process, with good and bad input."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from earnest.cli.main import VERBS
+
+EARNEST = [sys.executable, "-m", "earnest"]
+
+
+def earnest(
+    *arguments: str, timeout: float = 120, **options: object
+) -> subprocess.CompletedProcess[str]:
+    environment = os.environ | {"EARNEST_OFFLINE": "1"} | dict(options.pop("env", {}))  # type: ignore[call-overload]
+    return subprocess.run(
+        [*EARNEST, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+@pytest.fixture(scope="module")
+def small_moe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cli") / "small-moe"
+    done = earnest("synth", str(folder), "--preset", "small-moe", "--seed", "3", "--mtp")
+    assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("verb", ["", *VERBS])
+def test_help_has_examples_and_names_every_option_once(verb: str) -> None:
+    done = earnest(*([verb] if verb else []), "--help")
+    assert done.returncode == 0, done.stderr
+    assert "Examples:" in done.stdout
+    assert "earnest run" in done.stdout or f"earnest {verb}" in done.stdout
+
+
+def test_version() -> None:
+    done = earnest("--version")
+    assert done.returncode == 0
+    assert "earnest" in done.stdout
+
+
+def test_unknown_verb_is_a_usage_error() -> None:
+    done = earnest("frobnicate")
+    assert done.returncode == 2
+    assert "frobnicate" in done.stderr
+
+
+def test_help_does_not_import_the_engine() -> None:
+    code = (
+        "import sys, earnest.cli.main as m\n"
+        "try: m.main(['--help'])\n"
+        "except SystemExit: pass\n"
+        "print('numpy' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.rstrip().endswith("False")
+
+
+def test_nothing_below_verify_needs_torch(small_moe: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"
+        "import earnest\n"
+        f"model = earnest.load({str(small_moe)!r})\n"
+        "print(model.logits([1, 2, 3]).shape)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == "(3, 1024)"
+
+
+# --- run --------------------------------------------------------------------------------------
+
+
+def test_run_stories_says_what_it_is_and_tells_a_story() -> None:
+    done = earnest("run", "stories", "Once upon a time", "--temperature", "0", "--max-tokens", "40")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time, there was a little girl named Lily.")
+    assert "260" in done.stderr
+
+
+def test_run_json() -> None:
+    arguments = ["run", "stories", "-p", "Once upon a time", "--max-tokens", "8"]
+    done = earnest(*arguments, "--temperature", "0", "--logprobs", "2", "--json")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result["prompt_ids"] == [1, 403, 407, 261, 378]
+    assert len(result["completion_ids"]) == 8
+    assert result["finish_reason"] == "length"
+    assert result["text"].startswith(", there was")
+    assert len(result["logprobs"]) == 8
+    assert {len(entry["top"]) for entry in result["logprobs"]} == {2}
+    assert result["timings"]["decode_seconds"] > 0
+
+
+def test_run_is_reproducible_with_a_seed() -> None:
+    arguments = ["run", "stories", "-p", "Tim", "--seed", "5", "--max-tokens", "20", "--json"]
+    texts = [json.loads(earnest(*arguments).stdout)["text"] for _ in range(2)]
+    assert texts[0] == texts[1]
+
+
+def test_run_reads_the_prompt_from_standard_input() -> None:
+    done = subprocess.run(
+        [*EARNEST, "run", "stories", "--temperature", "0", "--max-tokens", "5"],
+        input="Once upon a time\n",
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("Once upon a time, there was")
+
+
+def test_run_without_a_network_falls_back_to_stories_and_says_so(tmp_path: Path) -> None:
+    done = earnest(
+        "run", "Once upon a time", "--max-tokens", "5", env={"EARNEST_CACHE": str(tmp_path)}
+    )
+    assert done.returncode == 0, done.stderr
+    assert "could not be fetched" in done.stderr
+    assert "260" in done.stderr
+
+
+def test_a_named_model_that_cannot_be_fetched_is_an_error(tmp_path: Path) -> None:
+    done = earnest("run", "smollm2", "-p", "hi", env={"EARNEST_CACHE": str(tmp_path)})
+    assert done.returncode == 4
+    assert "EARNEST_OFFLINE" in done.stderr
+
+
+def test_chat_of_a_base_model_is_refused_clearly() -> None:
+    done = earnest("run", "stories", "-p", "hi", "--chat")
+    assert done.returncode == 2
+    assert "Base model" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "stories", "-p", "x", "--temperature", "-1"], "temperature"),
+        (["run", "stories", "-p", "x", "--top-p", "0"], "top_p"),
+        (["run", "stories", "-p", "x", "--temperature", "nan"], "temperature"),
+        (["run", "stories", "-p", "x", "--max-tokens", "1", "--min-tokens", "2"], "min_tokens"),
+        (["run", "stories", "-p", "x", "--raw", "--chat"], "contradict"),
+        (["run", "stories", "x", "-p", "y"], "two prompts"),
+        (["run", "stories", "-p", "word " * 2000], "512"),
+    ],
+)
+def test_run_refuses_bad_arguments(arguments: list[str], words: str) -> None:
+    done = earnest(*arguments)
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+# --- the tools on files -----------------------------------------------------------------------
+
+
+def test_inspect_and_its_json(small_moe: Path) -> None:
+    done = earnest("inspect", str(small_moe))
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(earnest("inspect", str(small_moe), "--json").stdout)
+    assert facts["config"]["moe_num_experts"] == 8
+    assert facts["container"] == "safetensors"
+
+
+def test_inspect_preset_gives_the_real_counts() -> None:
+    facts = json.loads(earnest("inspect", "--preset", "21b-a3b", "--json").stdout)
+    text = json.dumps(facts)
+    assert "21825437888" in text
+    assert "3352148480" in text
+
+
+def test_convert_there_and_back_changes_nothing(small_moe: Path, tmp_path: Path) -> None:
+    paddle, back = tmp_path / "paddle", tmp_path / "back"
+    for source, destination, layout in ((small_moe, paddle, "paddle"), (paddle, back, "hf")):
+        done = earnest("convert", str(source), str(destination), "--to", layout)
+        assert done.returncode == 0, done.stderr
+    for one, other in ((small_moe, paddle), (small_moe, back)):
+        done = earnest("diff", str(one), str(other), "--json")
+        assert done.returncode == 0, done.stdout
+    weights = "model.safetensors"
+    assert (small_moe / weights).read_bytes() == (back / weights).read_bytes()
+
+
+def test_diff_says_what_differs(small_moe: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    assert (
+        earnest("synth", str(other), "--preset", "small-moe", "--seed", "4", "--mtp").returncode
+        == 0
+    )
+    done = earnest("diff", str(small_moe), str(other))
+    assert done.returncode == 1
+    assert "model.embed_tokens.weight" in done.stdout
+
+
+def test_verify_manifest(small_moe: Path, tmp_path: Path) -> None:
+    manifest = tmp_path / "manifest.json"
+    written = earnest(
+        "verify", str(small_moe), "--no-self-check", "--write-manifest", str(manifest)
+    )
+    assert written.returncode == 0, written.stdout + written.stderr
+    checked = earnest("verify", str(small_moe), "--no-self-check", "--manifest", str(manifest))
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def test_verify_calls_random_weights_implausible(small_moe: Path) -> None:
+    done = earnest("verify", "stories", "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["self_check"]["passed"] is True
+
+
+def test_verify_against_transformers(small_moe: Path) -> None:
+    pytest.importorskip("transformers")
+    done = earnest(
+        "verify", str(small_moe), "--no-self-check", "--against", "transformers", "--json"
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert json.loads(done.stdout)["exactness"]["passed"] is True
+
+
+BAD_PATHS = [
+    ["inspect"],
+    ["verify"],
+    ["run", "-p", "x"],
+]
+
+
+@pytest.mark.parametrize("call", BAD_PATHS, ids=lambda call: call[0])
+def test_a_path_that_is_not_there(call: list[str], tmp_path: Path) -> None:
+    missing = str(tmp_path / "nowhere")
+    done = earnest(call[0], missing, *call[1:])
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "nowhere" in done.stderr
+    assert "to do" in done.stderr
+    as_json = earnest(call[0], missing, *call[1:], "--json")
+    assert json.loads(as_json.stdout)["error"]["type"] == "ModelNotFoundError"
+
+
+@pytest.mark.parametrize("call", BAD_PATHS, ids=lambda call: call[0])
+def test_an_empty_folder(call: list[str], tmp_path: Path) -> None:
+    done = earnest(call[0], str(tmp_path), *call[1:])
+    assert done.returncode in (2, 3), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_no_permission(small_moe: Path, tmp_path: Path) -> None:
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0)
+    try:
+        done = earnest("inspect", str(locked))
+    finally:
+        locked.chmod(0o700)
+    assert done.returncode == 4
+    assert "permission" in done.stderr.lower()
+
+
+def test_a_destination_that_cannot_be_written(small_moe: Path) -> None:
+    done = earnest("convert", str(small_moe), "/proc/nowhere/out", "--to", "hf")
+    assert done.returncode in (2, 4), done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_destination_that_exists(small_moe: Path, tmp_path: Path) -> None:
+    (tmp_path / "keep.txt").write_text("mine")
+    done = earnest("convert", str(small_moe), str(tmp_path), "--to", "hf")
+    assert done.returncode == 2
+    assert "--force" in done.stderr
+    assert (tmp_path / "keep.txt").read_text() == "mine"
+
+
+def test_a_full_disk_leaves_nothing(small_moe: Path, tmp_path: Path) -> None:
+    # A file-size limit stands in for the full disk: the system reports both in the same way.
+    call = f"{sys.executable} -m earnest convert {small_moe} {tmp_path}/out --to hf"
+    script = f"ulimit -f 2000; exec {call}"
+    done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4, done.stdout + done.stderr
+    assert "free some space" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_an_interrupted_convert_is_finished_by_the_same_command(
+    how: signal.Signals, tmp_path: Path
+) -> None:
+    source, destination = tmp_path / "source", tmp_path / "out"
+    synth = earnest("synth", str(source), "--preset", "21b-a3b", "--layers", "2", "--dtype", "bf16")
+    assert synth.returncode == 0, synth.stderr
+    call = ["convert", str(source), str(destination), "--to", "paddle", "--shard-size", "0.1"]
+    process = subprocess.Popen(
+        [*EARNEST, *call], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    partial = tmp_path / ".out.partial"
+    deadline = time.monotonic() + 60
+    while process.poll() is None and time.monotonic() < deadline:
+        if len(list(partial.glob("model-*.safetensors"))) >= 2:
+            break
+        time.sleep(0.01)
+    assert process.poll() is None, "the conversion was over before it could be interrupted"
+    process.send_signal(how)
+    process.wait(timeout=60)
+    assert process.returncode != 0
+    assert "Traceback" not in (process.stderr.read() if process.stderr else "")
+    assert not destination.exists()
+    kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("model-*.safetensors")}
+    assert kept
+    done = earnest(*call)
+    assert done.returncode == 0, done.stderr
+    assert not partial.exists()
+    for name, when in kept.items():
+        assert (destination / name).stat().st_mtime_ns == when, "a finished shard was written again"
+    assert earnest("diff", str(source), str(destination), "--json").returncode == 0
