@@ -12,6 +12,7 @@ import errno
 import json
 import os
 import shutil
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
@@ -82,14 +83,20 @@ def read_bytes(path: Path, limit: int) -> bytes:
         return path.read_bytes()
 
 
-def parse_json_object(data: bytes, origin: str) -> dict[str, Any]:
+def parse_json_object(data: bytes, origin: str, *, unique: bool = False) -> dict[str, Any]:
     """A JSON object from bytes.
 
+    Args:
+        data: UTF-8 text.
+        origin: what to call it in messages.
+        unique: refuse a key that comes twice in one object (JSON itself lets the last one win).
+
     Raises:
-        FormatError: not UTF-8, not JSON, nested beyond reason, a number too long, or no object.
+        FormatError: not UTF-8, not JSON, nested beyond reason, a number too long, no object, or a
+            key that comes twice.
     """
     try:
-        value = json.loads(data.decode("utf-8"))
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=_unique if unique else None)
     except (ValueError, RecursionError) as error:
         reason = "nested too deeply" if isinstance(error, RecursionError) else str(error)
         raise FormatError(
@@ -99,6 +106,14 @@ def parse_json_object(data: bytes, origin: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise FormatError(f"{origin} is not a JSON object", got=type(value).__name__)
     return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
+        raise ValueError(f"the key {twice[:80]!r} comes twice")
+    return found
 
 
 def read_json(path: Path, limit: int = MAX_JSON_BYTES) -> dict[str, Any]:
