@@ -25,7 +25,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import groupby
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 from earnest.codecs.base import Codec, Raw
 from earnest.config import ErnieConfig
@@ -299,6 +299,13 @@ class Region:
         return view.T if self.transposed else view
 
 
+class Part(NamedTuple):
+    """A canonical tensor and where it lies in the stored tensor that holds it."""
+
+    name: str
+    region: Region
+
+
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor as a dialect stores it.
@@ -306,13 +313,13 @@ class StoredTensor:
     Attributes:
         name: its name in the file.
         shape: its shape in the file.
-        parts: canonical name and region of all that lies in it, in stored order. They tile the
+        parts: canonical name and region of everything that lies in it, in stored order. They tile the
             tensor, but for the second row of the `vl` dialect's correction bias (vision experts).
     """
 
     name: str
     shape: tuple[int, ...]
-    parts: tuple[tuple[str, Region], ...]
+    parts: tuple[Part, ...]
 
 
 def tensor_specs(config: ErnieConfig, mtp: bool = False) -> list[TensorSpec]:
@@ -365,7 +372,7 @@ def stored(config: ErnieConfig, dialect: Dialect, mtp: bool = False) -> list[Sto
         if place := places[row.name]:
             starts[row.name] = widths.get(place.name, 0)
             widths[place.name] = starts[row.name] + shapes[row.name][0]
-    found: dict[str, tuple[tuple[int, ...], list[tuple[str, Region]]]] = {}
+    found: dict[str, tuple[tuple[int, ...], list[Part]]] = {}
     for row, at in _expand(config, mtp):
         place = places[row.name]
         if place is None:
@@ -385,7 +392,7 @@ def stored(config: ErnieConfig, dialect: Dialect, mtp: bool = False) -> list[Sto
             start=starts[row.name],
             stop=starts[row.name] + shapes[row.name][0],
         )
-        parts.append((row.name.format_map(at), region))
+        parts.append(Part(row.name.format_map(at), region))
     return [StoredTensor(name, shape, tuple(parts)) for name, (shape, parts) in found.items()]
 
 
