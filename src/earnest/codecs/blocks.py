@@ -14,6 +14,7 @@ from earnest.codecs.bits import Bytes, block_codec, fields, half, per_run, plane
 # The 16 values of fp4 E2M1, doubled so that they are integers; the scales are halved for it.
 # Source: OCP Microscaling Formats specification 1.0, section 5.3.3.
 _E2M1_TWICE = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12], np.float32)
+_E8M0_HALVED = np.ldexp(np.ones(256, np.float32), np.arange(256) - 127 - 1)
 
 
 # d[2] q[16]; weight i is nibble i of q: low nibbles are weights 0-15, high ones 16-31. w = d(q - 8)
@@ -52,8 +53,7 @@ def _q8_0(b: Bytes) -> Float32:
 # e[1] q[16]; nibbles as in q4_0, each an E2M1 float; e is E8M0. w = 2^(e - 127) E2M1(q)
 # e = 255 is NaN in the OCP specification, but 2^128 in ggml, which is followed.
 def _mxfp4(b: Bytes) -> Float32:
-    scale = np.ldexp(np.float32(1), b[:, :1].astype(np.int32) - 128)
-    return scale * _E2M1_TWICE[planes(b[:, 1:], 2, 4).reshape(-1, 32)]
+    return _E8M0_HALVED[b[:, :1]] * _E2M1_TWICE[planes(b[:, 1:], 2, 4).reshape(-1, 32)]
 
 
 # s[4] q[4][8]: four runs of 16 weights; within a run nibbles as in q4_0, each an E2M1 float; s is

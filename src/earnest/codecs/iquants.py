@@ -141,7 +141,8 @@ def _iq4_nl(b: Bytes) -> Float32:
 # a nibble of s and two in h. w = d (s - 32) level(q)
 def _iq4_xs(b: Bytes) -> Float32:
     high = fields(b[:, 2:4].view("<u2"), 8, 2).reshape(-1, 8)
-    scale = half(b[:, :2]) * ((fields(b[:, 4:8], 2, 4).reshape(-1, 8) | high << 4) - np.float32(32))
+    s = (fields(b[:, 4:8], 2, 4).reshape(-1, 8) | high << 4).astype(np.float32) - 32
+    scale = half(b[:, :2]) * s
     q = planes(b[:, 8:].reshape(-1, 8, 16), 2, 4).reshape(-1, 8, 32)
     return per_run(scale) * _LEVELS[q]
 

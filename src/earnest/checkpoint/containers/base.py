@@ -7,6 +7,7 @@ tensors of a file are views of one read-only memory map: opening a 43 GB file co
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from math import prod
@@ -82,7 +83,7 @@ def map_file(path: Path) -> mmap.mmap:
         if path.exists() and not path.is_file():
             raise FormatError(f"{path} is not a regular file", remedy="name a model file")
         with path.open("rb") as file:
-            if path.stat().st_size == 0:
+            if os.fstat(file.fileno()).st_size == 0:
                 raise FormatError(
                     f"{path} is empty", remedy="download it again; the first attempt was cut off"
                 )
