@@ -22,10 +22,12 @@ class SamplingParams:
     frequency penalties; minimum-length masking; temperature; top-k; top-p; min-p; draw.
 
     Attributes:
-        max_tokens: at most this many new tokens; None: up to the end of the context.
-        min_tokens: no stop token may be chosen before this many tokens.
+        max_tokens: at most this many new tokens; None: up to the end of the context, where every
+            request ends.
+        min_tokens: no stop token may be chosen before this many tokens, and stop strings that end
+            in their text do not stop.
         temperature: 0 is greedy (ties go to the lowest id); else logits are divided by it.
-        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_k: keep the k likeliest tokens (of equals the lower ids); 0 keeps all.
         top_p: keep the smallest set of likeliest tokens whose probability reaches this; 1: all.
         min_p: drop tokens less likely than this times the likeliest; 0 drops none.
         repetition_penalty: logits of tokens seen in prompt or output are divided by it when
@@ -34,7 +36,8 @@ class SamplingParams:
         frequency_penalty: subtracted times the number of occurrences in the output.
         logit_bias: token id to number added to its logit.
         seed: makes a request reproducible; None draws a fresh one.
-        stop: strings that end the text (not included in it); may span tokens.
+        stop: strings that end the text (not included in it); may span tokens. The one that is
+            complete first ends it. Special tokens have no text: name those in `stop_token_ids`.
         stop_token_ids: ids that end the output, besides the model's own end-of-text ids.
         ignore_eos: go on after the model's own end-of-text ids.
         logprobs: None: none; n: per output token its log-probability and the n likeliest.
@@ -141,15 +144,18 @@ class TokenEvent:
 
     Attributes:
         text: what may be shown now; never a broken character, never part of a stop string.
-        token_id: the token chosen in this step.
+        token_id: the token chosen in this step; None only in the sole event of a request for no
+            tokens (`max_tokens=0`).
         logprobs: if asked for.
         finish_reason: set on the last event.
+        prompt_logprobs: if asked for, on the first event: one per prompt token, the first None.
     """
 
     text: str
-    token_id: int
+    token_id: int | None
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,78 @@
+"""What a checkpoint says about its own use: how to sample, and which tokens end a text."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from earnest.checkpoint.checkpoint import Checkpoint
+from earnest.engine.request import SamplingParams
+from earnest.errors import ConfigError, SamplingError
+from earnest.tokenizer import Tokenizer
+
+# Key of generation_config.json, our name, type. Whatever else is in there is about other ways of
+# generating, or says where the file came from.
+_KEYS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+    ("temperature", "temperature", float),
+    ("top_k", "top_k", int),
+    ("top_p", "top_p", float),
+    ("min_p", "min_p", float),
+    ("repetition_penalty", "repetition_penalty", float),
+    ("presence_penalty", "presence_penalty", float),
+    ("frequency_penalty", "frequency_penalty", float),
+    ("max_new_tokens", "max_tokens", int),
+)
+_SAMPLED = ("temperature", "top_k", "top_p", "min_p")
+
+
+def sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
+    """How the model's authors recommend to sample, from its `generation_config`.
+
+    Greedy where `do_sample` is false, and where it is absent and no temperature, top-k, top-p or
+    min-p is given either (published Thinking models give a temperature without `do_sample`).
+
+    Raises:
+        ConfigError: a value is unusable; the message names it.
+    """
+    raw = checkpoint.generation_config
+    given: dict[str, Any] = {}
+    for key, name, kind in _KEYS:
+        value = raw.get(key)
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value):
+            raise _unusable(checkpoint, f"{key} = {value!r}", f"a number ({kind.__name__})")
+        given[name] = kind(value)
+    sample = raw.get("do_sample")
+    if sample is None:
+        sample = any(raw.get(key) is not None for key in _SAMPLED)
+    if not sample:
+        given["temperature"] = 0.0
+    try:
+        return SamplingParams(**given)
+    except SamplingError as error:
+        raise _unusable(checkpoint, error.problem, error.expected) from error
+
+
+def _unusable(checkpoint: Checkpoint, got: str, expected: object) -> ConfigError:
+    return ConfigError(
+        f"{checkpoint.path}: the generation configuration has an unusable value",
+        got=got,
+        expected=expected,
+        remedy="correct generation_config.json, or pass SamplingParams of your own",
+    )
+
+
+def end_of_text_ids(checkpoint: Checkpoint, tokenizer: Tokenizer | None) -> frozenset[int]:
+    """All ids that end a text: of the configuration, the generation configuration (which for chat
+    models often names more) and the tokenizer (end of turn).
+
+    Raises:
+        ConfigError: the generation configuration's are no ids.
+    """
+    own = checkpoint.generation_config.get("eos_token_id")
+    listed = own if isinstance(own, list) else [] if own is None else [own]
+    if not all(isinstance(token, int) and not isinstance(token, bool) for token in listed):
+        raise _unusable(checkpoint, f"eos_token_id = {own!r}", "a token id, or a list of them")
+    of_tokenizer = () if tokenizer is None else tokenizer.eos_ids
+    return frozenset([*checkpoint.config.eos_token_ids, *listed, *of_tokenizer])

@@ -1,0 +1,456 @@
+"""`LanguageModel`: an opened model that is simply called, and `load`, which opens one.
+
+All that runs on one model shares one engine: prompts given together, and streams read in turn, run
+in the same batches.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast, overload
+
+import numpy as np
+import numpy.typing as npt
+
+from earnest import env, hub
+from earnest.checkpoint.checkpoint import Checkpoint
+from earnest.config import ErnieConfig
+from earnest.engine.batch import Slice, blocks_for, make_batch
+from earnest.engine.defaults import end_of_text_ids, sampling_defaults
+from earnest.engine.engine import Engine, check_token_ids
+from earnest.engine.request import (
+    Completion,
+    Request,
+    SamplingParams,
+    TokenEvent,
+)
+from earnest.errors import (
+    ChatUnsupportedError,
+    EarnestError,
+    MemoryBudgetError,
+    PromptError,
+    TokenizerError,
+    UserError,
+)
+from earnest.log import Progress, logger, silent
+from earnest.runners.base import Float32, Routing, Runner
+from earnest.runners.reference import ReferenceRunner
+from earnest.tokenizer import Tokenizer
+
+Message = Mapping[str, Any]
+Notice = Callable[[str], None]
+
+BLOCK_SIZE = 32
+# Beside one sequence of the full context there is room for this many more of the same length, if
+# memory allows; sequences that are shorter share the room.
+_POOL_CONTEXTS = 4
+_CHUNK_TOKENS = 512
+_CHUNK_LOGITS_BYTES = 64 * 2**20
+
+
+def load(
+    model: str | Path,
+    *,
+    max_context: int | None = None,
+    memory_budget: int | None = None,
+    allow_missing_correction_bias: bool = False,
+    progress: Progress = silent,
+    notice: Notice = logger.warning,
+) -> LanguageModel:
+    """Open a model for use.
+
+    Args:
+        model: a folder or file, or a built-in name ("smollm2", "stories").
+        max_context: positions a sequence may have. By default all that the model was made for, or
+            as many as half of `memory_budget` holds keys and values for, if that is fewer.
+        memory_budget: bytes that decoded weights may take, in memory beside the mapped files; by
+            default `EARNEST_MEMORY_GIB` or half of what is free.
+        allow_missing_correction_bias: open a mixture of experts without its correction bias.
+        progress: told how far fetching a built-in model is.
+        notice: told, a sentence at a time, what a careful reader should know.
+
+    Raises:
+        ModelNotFoundError, CheckpointError, MachineError: it cannot be found, opened or held.
+        UserError: `max_context` is out of range.
+    """
+    from earnest.checkpoint import open_checkpoint
+
+    path = hub.locate(str(model), progress=progress, notice=notice)
+    checkpoint = open_checkpoint(path, allow_missing_correction_bias=allow_missing_correction_bias)
+    for note in checkpoint.notes:
+        notice(note)
+    budget = env.memory_budget() if memory_budget is None else memory_budget
+    context, num_blocks = _plan_context(checkpoint.config, max_context, budget)
+    if max_context is None and context < checkpoint.config.max_position_embeddings:
+        notice(
+            f"the context is {context:,} of {checkpoint.config.max_position_embeddings:,} tokens, "
+            "which is what the memory budget has room for; max_context sets another"
+        )
+    runner = ReferenceRunner(
+        checkpoint, num_blocks=num_blocks, block_size=BLOCK_SIZE, memory_budget=budget
+    )
+    return LanguageModel(
+        checkpoint, runner, max_context=context, memory_budget=budget, notice=notice
+    )
+
+
+def _plan_context(config: ErnieConfig, asked: int | None, budget: int) -> tuple[int, int]:
+    """How long a sequence may be, and how many KV blocks there are."""
+    possible = config.max_position_embeddings
+    if asked is not None and not 1 <= asked <= possible:
+        raise UserError(
+            "max_context is out of range",
+            got=f"{asked:,}",
+            expected=f"1 to {possible:,}, which the model was made for",
+        )
+    bytes_per_position = 2 * 4 * config.num_hidden_layers * config.kv_size  # float32 keys, values
+    fits = max(BLOCK_SIZE, budget // 2 // bytes_per_position)
+    context = min(possible, fits) if asked is None else asked
+    positions = max(context, min(fits, _POOL_CONTEXTS * context))
+    return context, blocks_for(positions, BLOCK_SIZE)
+
+
+class LanguageModel:
+    """An opened model. Made by `load`; safe to use from several threads.
+
+    Args:
+        checkpoint: the model's files.
+        runner: what runs them; the object owns all its KV blocks.
+        max_context: positions a sequence may have; at most what model and blocks allow.
+        memory_budget: bytes that a result of `logits` may take.
+        notice: told what a careful reader should know.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        runner: Runner,
+        *,
+        max_context: int | None = None,
+        memory_budget: int | None = None,
+        notice: Notice = logger.warning,
+    ) -> None:
+        self.checkpoint = checkpoint
+        self._runner = runner
+        self._budget = env.memory_budget() if memory_budget is None else memory_budget
+        tokenizer: Tokenizer | None = None
+        try:
+            tokenizer = checkpoint.tokenizer
+        except TokenizerError as error:
+            notice(f"only token ids can be used, and no text is made: {error.problem}")
+        self._engine = Engine(
+            runner,
+            tokenizer,
+            eos_ids=end_of_text_ids(checkpoint, tokenizer),
+            max_context=max_context,
+        )
+        # Events that arrived while another stream was being read, by request.
+        self._arrived: dict[int, deque[tuple[float, TokenEvent | EarnestError]]] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def config(self) -> ErnieConfig:
+        """The model's numbers."""
+        return self.checkpoint.config
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """Text to token ids and back.
+
+        Raises:
+            TokenizerError: the model has none, or it is broken.
+        """
+        return self.checkpoint.tokenizer
+
+    @property
+    def max_context(self) -> int:
+        """Positions a sequence (prompt and new tokens) may have."""
+        return self._engine.max_context
+
+    @overload
+    def generate(
+        self, prompt: str | Sequence[int], sampling: SamplingParams | None = None
+    ) -> Completion: ...
+
+    @overload
+    def generate(
+        self,
+        prompt: list[str] | list[list[int]] | list[str | list[int]],
+        sampling: SamplingParams | None = None,
+    ) -> list[Completion]: ...
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | list[str] | list[list[int]] | list[str | list[int]],
+        sampling: SamplingParams | None = None,
+    ) -> Completion | list[Completion]:
+        """Continue a prompt, or several at once.
+
+        Args:
+            prompt: a text (special tokens in it are recognised), or token ids, which are used as
+                they are; or a list of either, which are run beside each other.
+            sampling: how; by default as the model's authors recommend (`sampling_defaults`).
+
+        Returns:
+            A `Completion`, or for a list one for each prompt.
+
+        Raises:
+            PromptError, SamplingError: before anything is run, also for the last of a list.
+            CheckpointError: the model's logits are not finite.
+        """
+        params = sampling or sampling_defaults(self.checkpoint)
+        if isinstance(prompt, str) or not any(map(_is_prompt, prompt)):
+            single = cast("str | Sequence[int]", prompt)
+            return self._complete([self._request(single, params)])[0]
+        several = cast("list[str | list[int]]", prompt)
+        return self._complete([self._request(part, params) for part in several])
+
+    def stream(
+        self, prompt: str | Sequence[int], sampling: SamplingParams | None = None
+    ) -> Generator[TokenEvent, None, None]:
+        """Continue a prompt, token by token; see `generate`.
+
+        The prompt is checked now; what it costs is spent when the first event is asked for. Closing
+        the generator, or leaving it in the middle, frees what the request holds.
+        """
+        request = self._request(prompt, sampling or sampling_defaults(self.checkpoint))
+        return self._stream(request)
+
+    def chat(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> Completion:
+        """Answer a conversation.
+
+        Args:
+            messages: `{"role": ..., "content": ...}`, oldest first.
+            sampling: as in `generate`.
+            tools: descriptions of functions, for templates that know them.
+            variables: more variables for the template, for example `enable_thinking=False`.
+
+        Raises:
+            ChatUnsupportedError: the model has no chat format (a Base model).
+            TemplateError: its template refuses the conversation.
+            PromptError, SamplingError, CheckpointError: as in `generate`.
+        """
+        return self.generate(self.chat_ids(messages, tools=tools, **variables), sampling)
+
+    def stream_chat(
+        self,
+        messages: Sequence[Message],
+        sampling: SamplingParams | None = None,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> Generator[TokenEvent, None, None]:
+        """Answer a conversation, token by token; see `chat` and `stream`."""
+        return self.stream(self.chat_ids(messages, tools=tools, **variables), sampling)
+
+    def chat_ids(
+        self,
+        messages: Sequence[Message],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        **variables: Any,
+    ) -> list[int]:
+        """The token ids of a conversation, ready for the answer; errors as in `chat`."""
+        if self.tokenizer.chat_template is None:
+            raise ChatUnsupportedError(
+                "this model has no chat format: it is a Base model, which continues text",
+                remedy="use generate() with the beginning of a text, or a post-trained model",
+            )
+        text = self.tokenizer.apply_chat_template(messages, tools=tools, **variables)
+        # As a whole: tokens span the seams of the template ("User: " + "Hello" is `▁Hello`). The
+        # template writes the special tokens itself.
+        return self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
+
+    def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> Float32:
+        """What the model expects after each token, before any softmax.
+
+        Args:
+            token_ids: T ids, used as they are (no beginning-of-text token is added).
+
+        Returns:
+            float32 `[T, vocab_size]`; row t is about the token that follows `token_ids[t]`.
+
+        Raises:
+            PromptError: no ids, ids outside the vocabulary, or more than the context.
+            MemoryBudgetError: the result would exceed the memory budget.
+        """
+        ids = self._checked(token_ids)
+        T, V = len(ids), self.config.vocab_size
+        needed = 4 * T * V
+        if needed > self._budget:
+            raise MemoryBudgetError(
+                "the logits of so many tokens exceed the memory budget",
+                got=f"{T:,} x {V:,} float32, {needed / 2**30:.2f} GiB",
+                expected=f"at most {self._budget / 2**30:.2f} GiB",
+                remedy="pass fewer tokens, ask generate() for prompt_logprobs instead, "
+                "or raise EARNEST_MEMORY_GIB",
+            )
+        logits_TV = np.empty((T, V), np.float32)
+        with self._lock, self._blocks_for(T) as blocks:
+            chunk = max(1, min(_CHUNK_TOKENS, _CHUNK_LOGITS_BYTES // (4 * V)))
+            for start in range(0, T, chunk):
+                part = ids[start : start + chunk]
+                batch = make_batch([Slice(part, start, blocks, len(part))], self._runner.block_size)
+                logits_TV[start : start + chunk] = self._runner.step(batch)
+        return logits_TV
+
+    def routing(
+        self, token_ids: Sequence[int] | npt.NDArray[np.integer]
+    ) -> list[tuple[npt.NDArray[np.int32], Float32]]:
+        """Which experts each token is sent to.
+
+        Args:
+            token_ids: T ids, as in `logits`.
+
+        Returns:
+            One pair per mixture-of-experts layer, from below (none for a dense model): experts
+            int32 `[T, k]`, best selection score first, and weights float32 `[T, k]`, what each
+            one's output is multiplied with.
+
+        Raises:
+            PromptError: as in `logits`.
+        """
+        ids = self._checked(token_ids)
+        chunks: list[list[Routing]] = []
+        with self._lock, self._blocks_for(len(ids)) as blocks:
+            for start in range(0, len(ids), _CHUNK_TOKENS):
+                part = ids[start : start + _CHUNK_TOKENS]
+                batch = make_batch([Slice(part, start, blocks)], self._runner.block_size)
+                chunks.append([])
+                self._runner.step(batch, chunks[-1])
+        return [
+            (
+                np.concatenate([part.experts for part in layer]),
+                np.concatenate([part.weights for part in layer]),
+            )
+            for layer in zip(*chunks, strict=True)
+        ]
+
+    def _checked(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> list[int]:
+        check_token_ids(token_ids, self.config.vocab_size)
+        if len(token_ids) > self.max_context:
+            raise PromptError(
+                "more tokens than the context holds",
+                got=f"{len(token_ids):,}",
+                expected=f"at most {self.max_context:,}",
+                remedy="pass fewer, or open the model with a larger max_context",
+            )
+        return [int(token) for token in token_ids]
+
+    @contextmanager
+    def _blocks_for(self, positions: int) -> Iterator[list[int]]:
+        """KV blocks for a run outside the engine."""
+        pool = self._engine.blocks
+        blocks = pool.allocate(blocks_for(positions, self._runner.block_size))
+        if blocks is None:
+            raise MemoryBudgetError(
+                "the KV blocks are in use by streams that have not ended",
+                got=f"{pool.num_free:,} of {pool.num_blocks:,} blocks free",
+                remedy="read the streams to their end or close them, "
+                "or open the model with a larger max_context",
+            )
+        try:
+            yield blocks
+        finally:
+            pool.free(blocks)
+
+    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+        if not _is_prompt(prompt):
+            raise PromptError(
+                "a prompt is neither a text nor a list of token ids", got=type(prompt).__name__
+            )
+        ids = self._encoded(prompt) if isinstance(prompt, str) else prompt
+        request = Request(tuple(ids), params)
+        self._engine.check(request)
+        return request
+
+    def _encoded(self, text: str) -> list[int]:
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text, add_special_tokens=True, parse_special=True)
+        if not ids and tokenizer.bos_id is not None:
+            return [tokenizer.bos_id]
+        return ids
+
+    def _stream(self, request: Request) -> Generator[TokenEvent, None, None]:
+        with self._running([request]) as (request_id,):
+            while True:
+                _, event = self._next(request_id)
+                yield event
+                if event.finish_reason is not None:
+                    return
+
+    def _complete(self, requests: Sequence[Request]) -> list[Completion]:
+        begun = time.monotonic()
+        with self._running(requests) as ids:
+            return [
+                self._collect(request, request_id, begun)
+                for request, request_id in zip(requests, ids, strict=True)
+            ]
+
+    def _collect(self, request: Request, request_id: int, begun: float) -> Completion:
+        """Read the events of one request to its end."""
+        timed = [self._next(request_id)]
+        while timed[-1][1].finish_reason is None:
+            timed.append(self._next(request_id))
+        (first_time, first), (last_time, last) = timed[0], timed[-1]
+        events = [event for _, event in timed]
+        sampling, of_prompt = request.sampling, first.prompt_logprobs
+        return Completion(
+            text="".join(event.text for event in events),
+            token_ids=[event.token_id for event in events if event.token_id is not None],
+            finish_reason=last.finish_reason or "length",
+            prompt_token_ids=list(request.prompt_ids),
+            logprobs=None
+            if sampling.logprobs is None
+            else [event.logprobs for event in events if event.logprobs is not None],
+            prompt_logprobs=None if of_prompt is None else list(of_prompt),
+            prompt_seconds=first_time - begun,
+            decode_seconds=last_time - first_time,
+        )
+
+    @contextmanager
+    def _running(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Have requests in the engine; whatever happens, they are gone from it afterwards."""
+        ids: list[int] = []
+        try:
+            with self._lock:
+                for request in requests:
+                    ids.append(self._engine.add(request))
+                    self._arrived[ids[-1]] = deque()
+            yield ids
+        finally:
+            with self._lock:
+                for request_id in ids:
+                    self._engine.cancel(request_id)
+                    self._arrived.pop(request_id, None)
+
+    def _next(self, request_id: int) -> tuple[float, TokenEvent]:
+        """The next event of a request and when it arrived, running the engine if need be."""
+        while True:
+            with self._lock:
+                if not self._arrived[request_id]:
+                    results = self._engine.step()
+                    now = time.monotonic()
+                    for number, result in results:
+                        self._arrived[number].append((now, result))
+                    continue
+                arrived, result = self._arrived[request_id].popleft()
+            if isinstance(result, EarnestError):
+                raise result
+            return arrived, result
+
+
+def _is_prompt(value: object) -> bool:
+    return isinstance(value, str | Sequence | np.ndarray)

@@ -1,0 +1,227 @@
+"""From logits to one token id, and to log-probabilities; numpy only, one `Sampler` per request.
+
+Everything is computed in float64, where none of the permitted parameters can overflow into NaN. The
+vocabulary (103,424 entries) is not sorted as a whole: top-k and top-p look at the few likeliest
+entries through a partition.
+
+Randomness is counter-based: the draw of output position n depends on the seed and n alone. So a
+request is reproducible whatever runs beside it, and one that is interrupted goes on unchanged.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Collection, Sequence
+
+import numpy as np
+import numpy.typing as npt
+
+from earnest.engine.request import SamplingParams, TokenLogprobs
+from earnest.errors import CheckpointError, SamplingError
+
+# V: vocabulary.
+Float = npt.NDArray[np.floating]
+Float64 = npt.NDArray[np.float64]
+Ids = npt.NDArray[np.intp]
+
+# Sums of a bias and of penalties are held inside this, so that inf - inf cannot arise.
+_HUGE = 1e300
+
+
+def check_sampling(params: SamplingParams, vocab_size: int, stop_ids: Collection[int]) -> None:
+    """Refuse parameters that do not fit this model.
+
+    Args:
+        params: the parameters.
+        vocab_size: V.
+        stop_ids: all ids that end the output, the model's own included.
+
+    Raises:
+        SamplingError: a bias or stop id is outside the vocabulary, or min_tokens forbids every
+            token.
+    """
+    for name, ids in (("logit_bias", params.logit_bias), ("stop_token_ids", params.stop_token_ids)):
+        outside = [token for token in ids if not 0 <= token < vocab_size]
+        if outside:
+            raise SamplingError(
+                f"sampling parameter {name} names a token id outside the vocabulary",
+                got=outside[0],
+                expected=f"0 to {vocab_size - 1}",
+            )
+    if params.min_tokens and len(set(stop_ids)) >= vocab_size:
+        raise SamplingError(
+            "min_tokens forbids every token: all of the vocabulary are stop tokens",
+            remedy="pass min_tokens=0 or fewer stop_token_ids",
+        )
+
+
+class Sampler:
+    """Chooses the tokens of one request, in the order of operations `SamplingParams` states.
+
+    Args:
+        params: how to choose; must have passed `check_sampling`.
+        vocab_size: V, the length of every logits row.
+        prompt_ids: the prompt, which the repetition penalty looks at.
+        stop_ids: ids that end the output; masked during the first `min_tokens` tokens.
+
+    Attributes:
+        seed: the seed in use, drawn afresh if the parameters have none.
+        count: tokens chosen so far.
+    """
+
+    def __init__(
+        self,
+        params: SamplingParams,
+        vocab_size: int,
+        prompt_ids: Sequence[int],
+        stop_ids: Collection[int] = (),
+    ) -> None:
+        self._params = params
+        self.seed = secrets.randbits(64) if params.seed is None else params.seed
+        self.count = 0
+        self._bias_ids = np.fromiter(params.logit_bias.keys(), np.intp)
+        self._bias = np.fromiter(params.logit_bias.values(), np.float64)
+        self._stop_ids = np.fromiter(stop_ids, np.intp)
+        self._seen_V: npt.NDArray[np.bool_] | None = None
+        self._occurrences_V: npt.NDArray[np.int64] | None = None
+        if params.repetition_penalty != 1:
+            self._seen_V = np.zeros(vocab_size, np.bool_)
+            self._seen_V[np.asarray(prompt_ids, np.intp)] = True
+        if params.presence_penalty or params.frequency_penalty:
+            self._occurrences_V = np.zeros(vocab_size, np.int64)
+
+    def sample(self, logits_V: Float) -> int:
+        """The next token of the request.
+
+        Args:
+            logits_V: floating `[V]`; not changed.
+
+        Raises:
+            CheckpointError: the logits hold NaN or infinity.
+        """
+        require_finite(logits_V)
+        token = self._choose(self._adjusted(logits_V))
+        self.count += 1
+        if self._seen_V is not None:
+            self._seen_V[token] = True
+        if self._occurrences_V is not None:
+            self._occurrences_V[token] += 1
+        return token
+
+    def _adjusted(self, logits_V: Float) -> Float64:
+        """The logits after bias, penalties and minimum-length masking; always a copy."""
+        params, x_V = self._params, logits_V.astype(np.float64)
+        with np.errstate(over="ignore"):
+            if len(self._bias_ids):
+                x_V[self._bias_ids] = _held(x_V[self._bias_ids] + self._bias)
+            if self._seen_V is not None:
+                x, factor = x_V[self._seen_V], params.repetition_penalty
+                x_V[self._seen_V] = _held(np.where(x > 0, x / factor, x * factor))
+            if self._occurrences_V is not None:
+                ids = np.flatnonzero(self._occurrences_V)
+                repeats = _held(params.frequency_penalty * self._occurrences_V[ids])
+                x_V[ids] = _held(x_V[ids] - _held(params.presence_penalty + repeats))
+        if self.count < params.min_tokens:
+            x_V[self._stop_ids] = -np.inf
+        return x_V
+
+    def _choose(self, x_V: Float64) -> int:
+        params = self._params
+        if params.temperature == 0:
+            return int(np.argmax(x_V))  # the first of equals: the lowest id
+        # Subtracting the maximum before dividing keeps the smallest temperatures from overflowing.
+        with np.errstate(over="ignore"):
+            weights_V = np.exp((x_V - x_V.max()) / params.temperature)
+        kept: Ids | None = None  # best first; None: the whole vocabulary
+        if 0 < params.top_k < len(weights_V):
+            kept = largest(x_V, params.top_k)
+        if params.top_p < 1:
+            kept = _nucleus(weights_V, kept, params.top_p)
+        weights = weights_V
+        if kept is not None:
+            # In order of id, so that a seed draws the same token however the set was found.
+            kept = np.sort(kept)
+            weights = weights_V[kept]
+        if params.min_p > 0:
+            # The likeliest token has weight 1.
+            weights = np.where(weights >= params.min_p, weights, 0.0)
+        index = _draw(weights, uniform(self.seed, self.count))
+        return index if kept is None else int(kept[index])
+
+
+def token_logprobs(logits_V: Float, token: int, count: int) -> TokenLogprobs:
+    """The log-probability of `token` under softmax(logits) and the `count` likeliest tokens.
+
+    Ties go to the lower id.
+
+    Raises:
+        CheckpointError: the logits hold NaN or infinity.
+    """
+    require_finite(logits_V)
+    x_V = logits_V.astype(np.float64)
+    greatest = x_V.max()
+    log_total = greatest + np.log(np.exp(x_V - greatest).sum())
+    best = largest(x_V, count) if count else ()
+    return TokenLogprobs(
+        token_id=token,
+        logprob=float(x_V[token] - log_total),
+        top=tuple((int(i), float(x_V[i] - log_total)) for i in best),
+    )
+
+
+def require_finite(logits_V: Float) -> None:
+    """Refuse logits from which nothing can be chosen.
+
+    Raises:
+        CheckpointError: they hold NaN or infinity.
+    """
+    if not np.isfinite(logits_V).all():
+        bad = np.count_nonzero(~np.isfinite(logits_V))
+        raise CheckpointError(
+            "the model produced logits that are not finite numbers",
+            got=f"{bad:,} of {logits_V.size:,} are NaN or infinite",
+            remedy="run `earnest verify` on the checkpoint; its weights are probably damaged",
+        )
+
+
+def largest(values_V: Float, count: int) -> Ids:
+    """Indices of the `count` largest values, best first; of equals the lower index first."""
+    if count >= len(values_V):
+        return np.argsort(-values_V, kind="stable")
+    threshold = np.partition(values_V, len(values_V) - count)[len(values_V) - count]
+    above = np.flatnonzero(values_V > threshold)
+    level = np.flatnonzero(values_V == threshold)[: count - len(above)]
+    found = np.concatenate([above, level])
+    return found[np.argsort(-values_V[found], kind="stable")]
+
+
+def uniform(seed: int, position: int) -> float:
+    """A number in [0, 1) that depends on `seed` and `position` only (Philox 4x64, 53 bits)."""
+    raw = np.random.Philox(key=seed, counter=position).random_raw()
+    return (int(raw) >> 11) * 2.0**-53
+
+
+def _nucleus(weights_V: Float64, kept: Ids | None, top_p: float) -> Ids:
+    """The fewest of the likeliest tokens (of `kept`, best first) that hold a share of `top_p`."""
+    total = weights_V.sum() if kept is None else weights_V[kept].sum()
+    # Distributions of language models are steep: a few dozen tokens usually suffice.
+    size = 64
+    while True:
+        best = largest(weights_V, size) if kept is None else kept
+        reached = np.cumsum(weights_V[best])
+        if kept is not None or size >= len(weights_V) or reached[-1] >= top_p * total:
+            break
+        size *= 8
+    return best[: int(np.searchsorted(reached, top_p * total)) + 1]
+
+
+def _draw(weights: Float64, number: float) -> int:
+    """The index at which the running sum of `weights` passes `number` (in [0, 1)) of the total."""
+    reached = np.cumsum(weights)
+    index = int(np.searchsorted(reached, number * reached[-1], side="right"))
+    # Rounding can take the product up to the total; then the last possible index is meant.
+    return min(index, int(np.searchsorted(reached, reached[-1])))
+
+
+def _held(values: npt.ArrayLike) -> Float64:
+    return np.clip(np.asarray(values, np.float64), -_HUGE, _HUGE)
