@@ -84,21 +84,47 @@ def test_a_staged_folder_is_committed_whole(tmp_path: Path) -> None:
 
 
 def test_a_staged_folder_resumes_only_its_own_kind(tmp_path: Path) -> None:
-    first = StagedFolder(tmp_path / "out", {"seed": 1, "shape": (2, 3)})
-    (first.path / "done").write_text("kept")
-    (first.path / ".half.99.part").write_text("not kept")
-    second = StagedFolder(tmp_path / "out", {"seed": 1, "shape": (2, 3)})
-    assert second.resumed
-    assert (second.path / "done").read_text() == "kept"
-    assert not (second.path / ".half.99.part").exists()
-    third = StagedFolder(tmp_path / "out", {"seed": 2, "shape": (2, 3)})
-    assert not third.resumed
-    assert not (third.path / "done").exists()
+    with StagedFolder(tmp_path / "out", {"seed": 1, "shape": (2, 3)}) as first:
+        (first.path / "done").write_text("kept")
+        (first.path / ".half.99.part").write_text("not kept")
+    with StagedFolder(tmp_path / "out", {"seed": 1, "shape": (2, 3)}) as second:
+        assert second.resumed
+        assert (second.path / "done").read_text() == "kept"
+        assert not (second.path / ".half.99.part").exists()
+    with StagedFolder(tmp_path / "out", {"seed": 2, "shape": (2, 3)}) as third:
+        assert not third.resumed
+        assert not (third.path / "done").exists()
+
+
+def test_two_runs_never_write_to_one_destination(tmp_path: Path) -> None:
+    with StagedFolder(tmp_path / "out", {"seed": 1}) as first:
+        (first.path / "done").write_text("kept")
+        for seed in (1, 2):
+            with pytest.raises(UserError, match="another run"):
+                StagedFolder(tmp_path / "out", {"seed": seed})
+        assert (first.path / "done").read_text() == "kept"
+        first.commit()
+    assert StagedFolder(tmp_path / "out", {"seed": 2}, force=True).path.exists()
+
+
+@pytest.mark.parametrize("name", [".", "..", "/"])
+def test_a_staged_folder_needs_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(UserError, match="name"):
+        StagedFolder(Path(name), {}, force=True)
+
+
+def test_what_a_killed_commit_left_behind_does_not_stop_the_next(tmp_path: Path) -> None:
+    (tmp_path / ".out.replaced").mkdir()
+    (tmp_path / ".out.replaced" / "old").write_text("x")
+    (tmp_path / "out").mkdir()
+    with StagedFolder(tmp_path / "out", {}, force=True) as folder:
+        folder.commit()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_staged_folder_with_a_broken_note_starts_over(tmp_path: Path) -> None:
-    first = StagedFolder(tmp_path / "out", {"seed": 1})
-    (first.path / ".earnest-run.json").write_text("{")
+    with StagedFolder(tmp_path / "out", {"seed": 1}) as first:
+        (first.path / ".earnest-run.json").write_text("{")
     assert not StagedFolder(tmp_path / "out", {"seed": 1}).resumed
 
 

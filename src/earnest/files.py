@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import shutil
+import weakref
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -155,6 +157,7 @@ class StagedFolder:
         destination: where the folder shall appear; must not exist, or be an empty folder.
         fingerprint: what the content depends on (JSON-able). A partial folder left by an earlier
             run is continued if it has the same fingerprint, and thrown away if not.
+            It is locked: two runs never write to the same destination at once.
         force: replace a destination that exists.
 
     Attributes:
@@ -162,31 +165,43 @@ class StagedFolder:
         resumed: whether files of an earlier, interrupted run may be in it.
 
     Raises:
-        UserError: the destination exists.
+        UserError: the destination exists, is no name for a folder, or is being written by another
+            run.
         DiskFullError, AccessError, MachineError: the partial folder cannot be made.
     """
 
     _FINGERPRINT = ".earnest-run.json"
 
     def __init__(self, destination: Path, fingerprint: dict[str, Any], *, force: bool = False):
-        self.destination, self.force = destination, force
+        self.path = self.partial_path(destination)
+        self.destination, self.force = destination.absolute(), force
         if destination.exists() and not force and not _is_empty_folder(destination):
             raise UserError(
                 f"{destination} exists already",
                 remedy="choose another destination, or pass --force to replace it",
             )
-        self.path = destination.with_name(f".{destination.name}.partial")
         note = self.path / self._FINGERPRINT
         with machine_errors(self.path, "creating"):
+            self.path.mkdir(parents=True, exist_ok=True)
+            # Let go by `commit`, at the end of a `with` block, or with the object.
+            self._unlock = weakref.finalize(self, os.close, _locked(self.path))
             self.resumed = self._belongs_to(note, fingerprint)
-            if not self.resumed:
-                if self.path.exists():
-                    shutil.rmtree(self.path)
-                self.path.mkdir(parents=True)
+            for left in self.path.iterdir():
+                if not self.resumed or left.name.endswith(".part"):
+                    shutil.rmtree(left) if left.is_dir() else left.unlink()
         if not self.resumed:
             write_json(note, fingerprint)
-        for stale in self.path.glob(".*.part"):
-            stale.unlink(missing_ok=True)
+
+    @staticmethod
+    def partial_path(destination: Path) -> Path:
+        """Where the folder is built before it appears at `destination`.
+
+        Raises:
+            UserError: `destination` has no name of its own (`.`, `..` or a root).
+        """
+        if destination.name in ("", ".."):
+            raise UserError(f"{destination} cannot be the name of a new folder")
+        return destination.absolute().with_name(f".{destination.name}.partial")
 
     @staticmethod
     def _belongs_to(note: Path, fingerprint: dict[str, Any]) -> bool:
@@ -203,12 +218,41 @@ class StagedFolder:
         with machine_errors(self.destination, "renaming to"):
             (self.path / self._FINGERPRINT).unlink(missing_ok=True)
             if self.destination.exists():
+                _remove(replaced)  # left by a run that was killed right here
                 self.destination.rename(replaced)
             self.path.rename(self.destination)
-            if replaced.is_dir() and not replaced.is_symlink():
-                shutil.rmtree(replaced)
-            else:
-                replaced.unlink(missing_ok=True)
+            _remove(replaced)
+        self._unlock()
+
+    def __enter__(self) -> StagedFolder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unlock()
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _locked(folder: Path) -> int:
+    """An open descriptor of `folder` that holds its lock until it is closed or the process ends.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise UserError(
+            f"another run is writing {folder} at this moment", remedy="wait for it, or stop it"
+        ) from error
+    return descriptor
 
 
 def _is_empty_folder(path: Path) -> bool:
