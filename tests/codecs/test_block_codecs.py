@@ -101,7 +101,7 @@ def test_realistic_scales(kind: GGMLQuantizationType) -> None:
         blocks[:, 55] &= 0xBF  # keeps the exponent of the scattered half float below infinity
     ours = codec.decode(blocks)
     assert np.isfinite(ours).all()
-    assert np.unique(ours).size > 100
+    assert np.unique(ours).size > 50
     assert_same_bits(ours, reference(blocks, kind))
 
 
