@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from math import sqrt
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 
@@ -86,7 +86,9 @@ class DiffReport:
     tensors: tuple[TensorDifference, ...]
     config: tuple[ConfigDifference, ...]
 
-    COLUMNS = ("tensor", "state", "types", "changed", "max |B-A|", "RMS(B-A)/RMS(A)", "cosine")
+    COLUMNS: ClassVar[list[str]] = [
+        "tensor", "state", "types", "changed", "max |B-A|", "RMS(B-A)/RMS(A)", "cosine"
+    ]  # fmt: skip
 
     @property
     def same(self) -> bool:

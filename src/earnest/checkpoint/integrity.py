@@ -17,7 +17,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
@@ -104,11 +104,17 @@ class IntegrityReport:
         """Whether nothing failed."""
         return not self.problems
 
-    COLUMNS = ("check", "state", "detail")
+    COLUMNS: ClassVar[list[str]] = ["check", "state", "detail"]
 
     def rows(self) -> list[list[str]]:
         """The findings for a table under `COLUMNS`."""
         return [[f.check, f.state, f.detail] for f in self.findings]
+
+    def summary(self) -> str:
+        """One sentence."""
+        read = sum(t.nbytes for t in self.tensors) / 1e9
+        outcome = f"{len(self.problems)} problems" if self.problems else "no problem"
+        return f"{len(self.tensors):,} tensors ({read:,.3f} GB) read: {outcome}."
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able."""
