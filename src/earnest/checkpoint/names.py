@@ -191,6 +191,10 @@ TABLE: tuple[Row, ...] = (
     Row(name="lm_head.weight", shape="V H", part="lm_head", when="untied",
         paddle=T("lm_head.weight"),
         gguf="output.weight"),
+    # transformers gives the head of a mixture of experts a bias, tied or not; a dense one has none.
+    Row(name="lm_head.bias", shape="V", part="lm_head", when="moe_model",
+        paddle="lm_head.bias",
+        gguf="output.bias"),
     # With `use_bias`, tied or not, but only mixture-of-experts models: so transformers has it.
     Row(name="lm_head.bias", shape="V", part="lm_head", when="moe_model",
         paddle="lm_head.bias",
@@ -469,6 +473,7 @@ def _expand(config: ErnieConfig, mtp: bool) -> Iterator[tuple[Row, dict[str, int
                 "dense": kind == "i" and not moe,
                 "moe": moe,
                 "shared": moe and config.moe_num_shared_experts > 0,
+                "moe_model": config.is_moe,
             }
             here = [row for row in block if present[row.when]]
             for per_expert, run in groupby(here, key=lambda row: "{e}" in row.name):
