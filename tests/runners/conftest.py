@@ -23,16 +23,12 @@ def make_checkpoint(
     config: ErnieConfig, arrays: Mapping[str, np.ndarray], codec: Codec = F32
 ) -> Checkpoint:
     """A checkpoint whose tensors are these arrays, under their canonical names."""
-    tensors = {
-        name: LazyTensor(
-            name,
-            codec,
-            array.shape,
-            lambda stored=array.astype(codec.storage): stored,
-            "memory",
-        )
-        for name, array in arrays.items()
-    }
+
+    def tensor(name: str, array: np.ndarray) -> LazyTensor:
+        stored = array.astype(codec.storage)
+        return LazyTensor(name, codec, array.shape, lambda: stored, "memory")
+
+    tensors = {name: tensor(name, array) for name, array in arrays.items()}
     return Checkpoint(Path("memory"), config, "safetensors", "hf", tensors)
 
 

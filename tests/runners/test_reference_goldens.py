@@ -35,7 +35,7 @@ def rule_weights(config: ErnieConfig) -> dict[str, np.ndarray]:
 
     Element i of the tensor of rank s is `off + amp * sin(0.37 i + 0.0113 i^2 + s)`.
     """
-    D, I, E = config.hidden_size, config.moe_intermediate_size, config.moe_num_experts
+    D, M, E = config.hidden_size, config.moe_intermediate_size, config.moe_num_experts
     shapes: dict[str, tuple[int, ...]] = {
         "model.embed_tokens.weight": (config.vocab_size, D),
         "model.norm.weight": (D,),
@@ -53,8 +53,8 @@ def rule_weights(config: ErnieConfig) -> dict[str, np.ndarray]:
         mlp, width = f"{layer}.mlp", config.intermediate_size
         if config.is_moe_layer(i):
             shapes |= {
-                f"{mlp}.experts.down_proj": (E, D, I),
-                f"{mlp}.experts.gate_up_proj": (E, 2 * I, D),
+                f"{mlp}.experts.down_proj": (E, D, M),
+                f"{mlp}.experts.gate_up_proj": (E, 2 * M, D),
                 f"{mlp}.gate.moe_statics.e_score_correction_bias": (1, E),
                 f"{mlp}.gate.weight": (E, D),
             }

@@ -272,7 +272,7 @@ class Model:
         logits_RV = self.weights.matmul(
             x_RD, "model.embed_tokens.weight" if tied else "lm_head.weight"
         )
-        if self.config.use_bias:
+        if "lm_head.bias" in self.weights:  # with `use_bias`, and then of MoE models only
             logits_RV += self.weights.vector("lm_head.bias")
         return logits_RV
 
