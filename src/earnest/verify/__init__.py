@@ -1,1 +1,7 @@
+"""Proof: is a checkpoint computed exactly, and does it read like a trained model?"""
 
+from earnest.verify.exactness import ExactnessReport, compare
+from earnest.verify.passages import PASSAGES, Passage
+from earnest.verify.selfcheck import SelfCheckReport, selfcheck
+
+__all__ = ["PASSAGES", "ExactnessReport", "Passage", "SelfCheckReport", "compare", "selfcheck"]
