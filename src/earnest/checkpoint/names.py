@@ -191,10 +191,6 @@ TABLE: tuple[Row, ...] = (
     Row(name="lm_head.weight", shape="V H", part="lm_head", when="untied",
         paddle=T("lm_head.weight"),
         gguf="output.weight"),
-    # transformers gives the head of a mixture of experts a bias, tied or not; a dense one has none.
-    Row(name="lm_head.bias", shape="V", part="lm_head", when="moe_model",
-        paddle="lm_head.bias",
-        gguf="output.bias"),
 
     # --- multi-token prediction: one dense decoder block per depth --------------------------------
     Row(name="model.mtp_emb_norm.{d}.weight", shape="H", part="mtp",
@@ -468,7 +464,6 @@ def _expand(config: ErnieConfig, mtp: bool) -> Iterator[tuple[Row, dict[str, int
                 "dense": kind == "i" and not moe,
                 "moe": moe,
                 "shared": moe and config.moe_num_shared_experts > 0,
-                "moe_model": config.is_moe,
             }
             here = [row for row in block if present[row.when]]
             for per_expert, run in groupby(here, key=lambda row: "{e}" in row.name):
