@@ -191,6 +191,10 @@ TABLE: tuple[Row, ...] = (
     Row(name="lm_head.weight", shape="V H", part="lm_head", when="untied",
         paddle=T("lm_head.weight"),
         gguf="output.weight"),
+    # With `use_bias`, tied or not, but only mixture-of-experts models: so transformers has it.
+    Row(name="lm_head.bias", shape="V", part="lm_head", when="moe_model",
+        paddle="lm_head.bias",
+        gguf="output.bias"),
 
     # --- multi-token prediction: one dense decoder block per depth --------------------------------
     Row(name="model.mtp_emb_norm.{d}.weight", shape="H", part="mtp",
@@ -461,6 +465,7 @@ def _expand(config: ErnieConfig, mtp: bool) -> Iterator[tuple[Row, dict[str, int
             present = {
                 "always": True,
                 "untied": not config.tie_word_embeddings,
+                "moe_model": config.is_moe,
                 "dense": kind == "i" and not moe,
                 "moe": moe,
                 "shared": moe and config.moe_num_shared_experts > 0,
