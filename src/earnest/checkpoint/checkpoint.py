@@ -40,7 +40,8 @@ class Checkpoint:
         path: the file or folder it was opened from.
         config: the model's numbers.
         container: "safetensors" or "gguf".
-        dialect: naming and layout of the stored tensors: "hf", "paddle" or "gguf".
+        dialect: naming and layout of (most of) the stored tensors, one of `names.DIALECTS`: "hf",
+            "hf_packed", "paddle", "gguf", "vl" or "vl_packed".
         tensors: canonical name (that of the published `-PT` files) to tensor, in the order of the
             name table. Correction biases are float32 `[E]`; MTP tensors are included if stored.
         left_out: what the files hold beyond the text model.
