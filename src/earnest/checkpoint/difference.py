@@ -172,15 +172,11 @@ def _config_differences(a: ErnieConfig, b: ErnieConfig) -> Iterator[ConfigDiffer
 def _compare(
     name: str, a: LazyTensor | None, b: LazyTensor | None, *, same_path: bool
 ) -> TensorDifference:
-    if a is None or b is None:
-        return TensorDifference(
-            name,
-            "only in A" if a else "only in B",
-            a and a.codec.name,
-            b and b.codec.name,
-            a and a.shape,
-            b and b.shape,
-        )
+    if a is None:
+        assert b is not None
+        return TensorDifference(name, "only in B", codec_b=b.codec.name, shape_b=b.shape)
+    if b is None:
+        return TensorDifference(name, "only in A", codec_a=a.codec.name, shape_a=a.shape)
     sides = (a.codec.name, b.codec.name, a.shape, b.shape)
     if a.shape != b.shape:
         return TensorDifference(name, "shape", *sides)

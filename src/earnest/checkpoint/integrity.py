@@ -178,7 +178,7 @@ def _check_tensor(tensor: LazyTensor) -> TensorCheck:
     all_zero = True
     for _, block in tensor.row_blocks():
         raw = np.ascontiguousarray(block)
-        digest.update(raw.reshape(-1).view(np.uint8))
+        digest.update(raw.reshape(-1).view(np.uint8).data)
         block_nan, block_inf, block_zero = _count(raw, tensor.codec)
         nan, inf, all_zero = nan + block_nan, inf + block_inf, all_zero and block_zero
     return TensorCheck(
