@@ -298,11 +298,12 @@ class Model:
         experts are stored fused as one wide SwiGLU that sees every token with weight 1.
         """
         prefix = f"model.layers.{layer}.mlp"
-        bias_name = f"{prefix}.moe_statics.e_score_correction_bias"
-        use_bias = self.arithmetic.use_correction_bias and bias_name in self.weights
+        bias_E = None
+        if self.arithmetic.use_correction_bias:
+            bias_E = self.weights.vector(f"{prefix}.moe_statics.e_score_correction_bias")
         experts_TA, weights_TA = route(
             self.weights.matmul(x_TD, f"{prefix}.gate.weight"),
-            self.weights.vector(bias_name) if use_bias else None,
+            bias_E,
             self.config.moe_k,
             self.config.moe_norm_min,
         )
