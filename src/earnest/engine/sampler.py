@@ -196,7 +196,11 @@ def largest(values_V: Float, count: int) -> Ids:
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) that depends on `seed` and `position` only (Philox 4x64, 53 bits)."""
+    """A number in [0, 1) that depends on `seed` and `position` only.
+
+    The upper 53 bits of the first word of Philox 4x64-10 (Salmon et al. 2011) with the key
+    `(seed, 0)` and the counter `(position + 1, 0, 0, 0)`.
+    """
     raw = np.random.Philox(key=seed, counter=position).random_raw()
     return (int(raw) >> 11) * 2.0**-53
 
