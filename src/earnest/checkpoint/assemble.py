@@ -17,7 +17,7 @@ import numpy as np
 
 from earnest import codecs
 from earnest.checkpoint.checkpoint import LeftOut
-from earnest.checkpoint.lazy import LazyTensor
+from earnest.checkpoint.lazy import ABSENT, LazyTensor
 from earnest.checkpoint.names import Dialect, Region, TensorSpec, regions, tensor_specs
 from earnest.codecs import Codec, Raw
 from earnest.config import ErnieConfig
@@ -225,7 +225,7 @@ def _decoded(region: Region, tensor: LazyTensor) -> Callable[[], Raw]:
 def _zeros(spec: TensorSpec) -> LazyTensor:
     codec: Codec = codecs.codec("f32")
     return LazyTensor(
-        spec.name, codec, spec.shape, lambda: np.zeros(spec.shape, np.float32), "absent: zeros"
+        spec.name, codec, spec.shape, lambda: np.zeros(spec.shape, np.float32), ABSENT
     )
 
 

@@ -139,9 +139,12 @@ def _plan(
             remedy="convert a complete checkpoint",
         )
     forget = _forgetter(source)
-    plan, promoted, requantised = [], [], Counter[str]()
+    plan, promoted, requantised, absent = [], [], Counter[str](), 0
     for target in targets:
         parts = [(source.tensors[name], region) for name, region in target.parts]
+        if any(tensor.is_absent for tensor, _ in parts):
+            absent += 1  # zeros stand in for it; written down they would pass for the real thing
+            continue
         kept = {_kept(tensor, tensor.name in fp32, dtype).name for tensor, _ in parts}
         codec = codecs.codec(_joined(target.name, kept))
         if len(kept) > 1:
@@ -151,7 +154,10 @@ def _plan(
                 requantised[tensor.codec.name] += 1
         blocks = partial(_blocks, target.shape, parts, codec, forget)
         plan.append(PlannedTensor(target.name, codec, target.shape, blocks))
-    return plan, list(_notes(promoted, requantised, dtype))
+    notes = list(_notes(promoted, requantised, dtype))
+    if absent:
+        notes.append(f"{absent} correction biases that the source lacks are missing here too")
+    return plan, notes
 
 
 def _kept(tensor: LazyTensor, is_fp32: bool, dtype: str | None) -> Codec:

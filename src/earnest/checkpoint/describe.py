@@ -26,6 +26,8 @@ def describe(checkpoint: Checkpoint) -> dict[str, Any]:
     """
     types: dict[str, dict[str, int]] = {}
     for tensor in checkpoint.tensors.values():
+        if tensor.is_absent:
+            continue
         entry = types.setdefault(tensor.codec.name, {"tensors": 0, "weights": 0, "bytes": 0})
         entry["tensors"] += 1
         entry["weights"] += tensor.size

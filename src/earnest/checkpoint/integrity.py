@@ -150,9 +150,10 @@ def check(
             written.
     """
     expected = None if manifest is None else read_manifest(manifest)
-    total = sum(tensor.nbytes for tensor in checkpoint.tensors.values())
+    tensors = [tensor for tensor in checkpoint.tensors.values() if not tensor.is_absent]
+    total = sum(tensor.nbytes for tensor in tensors)
     done, checked = 0, []
-    for tensor in checkpoint.tensors.values():
+    for tensor in tensors:
         progress(done, total, tensor.name)
         checked.append(_check_tensor(tensor))
         checkpoint.forget()
@@ -251,7 +252,8 @@ def _judge(checkpoint: Checkpoint, checked: list[TensorCheck]) -> Iterator[Findi
 
 def _judge_router(config: ErnieConfig, tensors: Mapping[str, LazyTensor]) -> Iterator[Finding]:
     layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
-    biases = {i: tensors.get(f"model.layers.{i}.{_BIAS}") for i in layers}
+    found = {i: tensors.get(f"model.layers.{i}.{_BIAS}") for i in layers}
+    biases = {i: bias if bias and not bias.is_absent else None for i, bias in found.items()}
     yield _finding(
         "correction bias present",
         [f"layer {i}" for i, bias in biases.items() if bias is None],

@@ -11,6 +11,9 @@ import numpy.typing as npt
 
 from earnest.codecs.base import Codec, Float32, Raw
 
+# The origin of a tensor that the files lack and that zeros stand in for.
+ABSENT = "absent: zeros"
+
 _STRIP = 256
 
 
@@ -56,6 +59,11 @@ class LazyTensor:
     def nbytes(self) -> int:
         """Stored bytes."""
         return self.size // self.codec.block_weights * self.codec.block_bytes
+
+    @property
+    def is_absent(self) -> bool:
+        """Whether the files lack it and zeros stand in for it."""
+        return self.origin == ABSENT
 
     def raw(self) -> Raw:
         """The stored array, not decoded; a view of the file where the layout allows."""
