@@ -14,9 +14,10 @@ from __future__ import annotations
 import math
 import struct
 from collections.abc import Mapping, Sized
-from typing import Any, NamedTuple
+from typing import Any
 
 from earnest.config.ernie import ErnieConfig
+from earnest.config.keys import GGUF_HARMLESS, GGUF_NEUTRAL, refuse
 from earnest.config.values import Values, as_integer, as_number, brief
 from earnest.errors import ConfigError
 
@@ -47,43 +48,6 @@ _REQUIRED_MOE = (
     "leading_dense_block_count",
 )
 # fmt: on
-
-
-class _Neutral(NamedTuple):
-    values: tuple[Any, ...]
-    meaning: str
-
-
-_SCALED = "rotary frequencies rescaled"
-_NEUTRAL = {
-    "rope.scaling.factor": _Neutral((0, 1), _SCALED),
-    "rope.scale_linear": _Neutral((0, 1), _SCALED),
-    "rope.scaling.attn_factor": _Neutral((0, 1), _SCALED),
-    "attention.causal": _Neutral((True,), "attention to later tokens"),
-    "attention.sliding_window": _Neutral((0,), "attention to a window of recent tokens"),
-    "attention.clamp_kqv": _Neutral((0,), "clamped queries, keys and values"),
-    "attention.max_alibi_bias": _Neutral((0,), "attention biased by distance (ALiBi)"),
-    "attention.shared_kv_layers": _Neutral((0,), "keys and values shared between layers"),
-    "attn_logit_softcapping": _Neutral((0,), "attention scores squashed by tanh"),
-    "final_logit_softcapping": _Neutral((0,), "logits squashed by tanh"),
-    "logit_scale": _Neutral((0, 1), "scaled logits"),
-    "embedding_scale": _Neutral((0, 1), "scaled embeddings"),
-    "residual_scale": _Neutral((0, 1), "a scaled residual stream"),
-    "use_parallel_residual": _Neutral((False,), "attention and feed-forward side by side"),
-    "pooling_type": _Neutral((0,), "pooled outputs, as of an embedding model"),
-    "expert_gating_func": _Neutral((0, 1), "router scores other than softmax"),
-    "expert_weights_norm": _Neutral((True,), "expert weights that are not renormalised"),
-    "expert_weights_scale": _Neutral((0, 1), "routed experts scaled by a factor"),
-    "expert_group_count": _Neutral((0, 1), "experts chosen within groups"),
-    "expert_group_used_count": _Neutral((0, 1), "experts chosen within groups"),
-    "nextn_predict_layers": _Neutral((0,), "multi-token prediction inside a GGUF file"),
-}
-
-_HARMLESS = {
-    "tensor_data_layout": "names the origin of an early Llama file; rows lie as always",
-    "rope.scaling.original_context_length": "only read by scaled rotary types, which are refused",
-    "rope.scaling.finetuned": "only read by scaled rotary types, which are refused",
-}
 
 
 def from_gguf(metadata: Mapping[str, Any], *, tied: bool, use_bias: bool = False) -> ErnieConfig:
@@ -120,7 +84,8 @@ def from_gguf(metadata: Mapping[str, Any], *, tied: bool, use_bias: bool = False
     prefix = f"{architecture}."
     own = {k[len(prefix) :]: v for k, v in metadata.items() if str(k).startswith(prefix)}
     values = Values(own, ORIGIN)
-    _refuse_keys(values)
+    refuse(values, _READ, GGUF_NEUTRAL, GGUF_HARMLESS)
+    _refuse_rotary_scaling(values)
     values.required(_REQUIRED)
     layers = values.integer("block_count")
     hidden = values.integer("embedding_length")
@@ -130,8 +95,8 @@ def from_gguf(metadata: Mapping[str, Any], *, tied: bool, use_bias: bool = False
     head_dim = _head_dim(values, hidden, heads)
     _refuse_scaled_attention(values, head_dim)
     moe = _experts(values, architecture, width, kv_heads)
-    general = Values(metadata, ORIGIN)
-    config = {
+    general = Values(metadata, ORIGIN, values.problems)
+    config: dict[str, Any] = {
         "vocab_size": _vocab_size(values, metadata),
         "hidden_size": hidden,
         "intermediate_size": width,
@@ -149,7 +114,6 @@ def from_gguf(metadata: Mapping[str, Any], *, tied: bool, use_bias: bool = False
         "pad_token_id": _token_id(general, "padding"),
         "dtype": _FILE_TYPES.get(general.integer("general.file_type", -1), "bfloat16"),
     }
-    values.problems.extend(general.problems)
     values.check()
     return ErnieConfig(**(config | moe))
 
@@ -217,24 +181,7 @@ def _refuse_unspeakable(config: ErnieConfig) -> None:
         )
 
 
-def _refuse_keys(values: Values) -> None:
-    unknown = []
-    for key, value in values.raw.items():
-        if key in _NEUTRAL:
-            neutral = _NEUTRAL[key]
-            if not any(
-                value == v and isinstance(value, bool) == isinstance(v, bool)
-                for v in neutral.values
-            ):
-                values.complain(
-                    f"{key} = {brief(value)} asks for {neutral.meaning}, which is not supported"
-                )
-        elif key not in _READ and key not in _HARMLESS:
-            unknown.append(str(key)[:80])
-    if unknown:
-        values.complain(
-            f"unknown keys that might change the arithmetic: {', '.join(sorted(unknown)[:20])}"
-        )
+def _refuse_rotary_scaling(values: Values) -> None:
     scaling = values.raw.get("rope.scaling.type", "none")
     # "linear" without a factor divides positions by one.
     if scaling not in ("none", "linear"):

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from earnest.config.ernie import ErnieConfig
-from earnest.config.keys import HARMLESS, NEUTRAL
+from earnest.config.keys import HF_HARMLESS, HF_NEUTRAL, refuse
 from earnest.config.values import Values, as_integer, as_number, brief
 from earnest.errors import ConfigError
 
@@ -71,7 +71,7 @@ def from_hf(raw: Mapping[str, Any]) -> ErnieConfig:
         The configuration of the text model. `num_hidden_layers` is what is left after
         `remove_tail_layer`. Token ids below zero mean none. Configurations of the pre-training
         code (model_type "ernie") number their special tokens 0, 1, -1, against the tokenizer
-        beside them and all releases: the releases' 1, 2, 0 are taken.
+        beside them and all releases: for that triple the releases' 1, 2, 0 are taken.
 
     Raises:
         ConfigError: another family of models; a value of the wrong type, missing or out of range;
@@ -82,7 +82,8 @@ def from_hf(raw: Mapping[str, Any]) -> ErnieConfig:
     raw = _text_part(raw)
     values = Values(raw, ORIGIN)
     vision = family in _VISION
-    _refuse_keys(values)
+    refuse(_without_inert_keys(values), _READ, HF_NEUTRAL, HF_HARMLESS)
+    _refuse_partial_attention(values)
     _refuse_three_axes(values, vision)
 
     values.required(_REQUIRED)
@@ -93,8 +94,6 @@ def from_hf(raw: Mapping[str, Any]) -> ErnieConfig:
     heads = values.integer("num_attention_heads", 1)
     hidden = values.integer("hidden_size", 1)
     layers = _layers(values)
-    moe = _experts(values, family, layers)
-    ids = _token_ids(values) if family != _PRETRAINING else {}
     config: dict[str, Any] = {
         "vocab_size": values.integer("vocab_size"),
         "hidden_size": hidden,
@@ -112,9 +111,11 @@ def from_hf(raw: Mapping[str, Any]) -> ErnieConfig:
         "dtype": _dtype(values),
         "initializer_range": values.number("initializer_range", 0.02),
         "num_nextn_predict_layers": values.integer("num_nextn_predict_layers", 0),
+        **_experts(values, family, layers),
+        **_token_ids(values, family),
     }
     values.check()
-    return ErnieConfig(**(config | moe | ids))
+    return ErnieConfig(**config)
 
 
 def to_hf(config: ErnieConfig) -> dict[str, Any]:
@@ -202,24 +203,15 @@ def _text_part(raw: Mapping[str, Any]) -> Mapping[str, Any]:
     return merged
 
 
-def _refuse_keys(values: Values) -> None:
-    unknown = []
-    for key, value in values.raw.items():
-        if key in NEUTRAL:
-            neutral = NEUTRAL[key]
-            if value is not None and not any(_same(value, v) for v in neutral.values):
-                accepted = " or ".join(repr(v) for v in (*neutral.values, None))
-                values.complain(
-                    f"{key} = {brief(value)} asks for {neutral.meaning}, which is not supported "
-                    f"(only {accepted})"
-                )
-        elif key not in _READ and key not in HARMLESS:
-            unknown.append(str(key)[:80])
-    if unknown:
-        values.complain(
-            f"unknown keys that might change the arithmetic: {', '.join(sorted(unknown)[:20])}"
-            " (if you know that they do not, delete them from the file)"
-        )
+def _without_inert_keys(values: Values) -> Values:
+    """A dense model has no routing, whatever its configuration says of it."""
+    if as_integer(values.raw.get("moe_num_experts", 0)) != 0:
+        return values
+    kept = {k: v for k, v in values.raw.items() if not str(k).startswith("moe_") or k in _READ}
+    return Values(kept, ORIGIN, values.problems)
+
+
+def _refuse_partial_attention(values: Values) -> None:
     layer_types = values.raw.get("layer_types")
     if layer_types is not None and (
         not isinstance(layer_types, list) or any(kind != "full_attention" for kind in layer_types)
@@ -228,11 +220,6 @@ def _refuse_keys(values: Values) -> None:
             f"layer_types = {brief(layer_types)} asks for other than full attention, "
             "which is not supported"
         )
-
-
-def _same(value: object, accepted: object) -> bool:
-    """Equality that keeps True and 1 apart, and lets 1 stand for 1.0."""
-    return value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
 
 
 def _refuse_three_axes(values: Values, vision: bool) -> None:
@@ -306,7 +293,6 @@ def _experts(values: Values, family: str, layers: int) -> dict[str, Any]:
         }
         if values.has("mlp_layer_types"):
             found |= _layer_pattern(values, layers)
-    values.problems.extend(text.problems)
     return found
 
 
@@ -330,7 +316,7 @@ def _text_entries(values: Values) -> Values:
             # Between the two, text and vision tokens would run through different kinds of block.
             values.complain(f"{key} = {brief(value)} differs between text and vision")
         found[key] = value[0]
-    return Values(found, ORIGIN)
+    return Values(found, ORIGIN, values.problems)
 
 
 def _layer_pattern(values: Values, layers: int) -> dict[str, int]:
@@ -420,7 +406,11 @@ def _equal_axes(section: object, outer: Values) -> bool:
     return 2 * sum(size or 0 for size in sizes) == outer.integer("head_dim", derived)
 
 
-def _token_ids(values: Values) -> dict[str, Any]:
+def _token_ids(values: Values, family: str) -> dict[str, Any]:
+    written = [values.raw.get(key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")]
+    if family == _PRETRAINING and written == [0, 1, -1]:
+        return {}
+
     def single(key: str, default: int) -> int | None:
         if key in values.raw and values.raw[key] is None:
             return None

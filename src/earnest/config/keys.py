@@ -1,15 +1,17 @@
-"""What is known about every key of a config.json that is not a number of the model.
+"""What is known about every key of a configuration that is not a number of the model.
 
-Two tables, and each key stands in one. `NEUTRAL`: keys that change the arithmetic in a way that
-Earnest does not have, with the values under which they do nothing; any other value is refused by
-name. `HARMLESS`: keys that never change the logits of a text, with the reason; they are passed
-over. A key in neither table (and not read by `huggingface`) is refused too: it might matter, and
-logits that are silently a little wrong are worse than an error message.
+Two tables each for config.json and for GGUF; a key stands in one. *Neutral* keys change the
+arithmetic in a way that Earnest does not have; they are listed with the values under which they do
+nothing, and any other value is refused by name. *Harmless* keys never change the logits of a text,
+for the reason given; they are passed over. A key in neither table that is not read is refused too:
+it might matter, and logits that are silently a little wrong are worse than an error message.
 """
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
+
+from earnest.config.values import Values, brief
 
 
 class Neutral(NamedTuple):
@@ -19,7 +21,7 @@ class Neutral(NamedTuple):
     meaning: str
 
 
-NEUTRAL: dict[str, Neutral] = {
+HF_NEUTRAL: dict[str, Neutral] = {
     # activations and norms
     "hidden_act": Neutral(("silu",), "another activation function"),
     "use_rmsnorm": Neutral((True,), "LayerNorm instead of RMSNorm"),
@@ -76,8 +78,9 @@ _SAMPLING = "belongs to generation_config.json, not to the logits"
 # fmt: off
 _REASONS: dict[str, tuple[str, ...]] = {
     _LOADING: (
-        "architectures", "auto_map", "transformers_version", "paddleformers_version", "_name_or_path",
-        "name_or_path", "_commit_hash", "framework", "task", "_class_name", "dpo_config",
+        "architectures", "auto_map", "transformers_version", "paddleformers_version",
+        "_name_or_path", "name_or_path", "_commit_hash", "framework", "task",
+        "_class_name", "dpo_config",
         "tensor_parallel_degree", "tensor_parallel_rank", "tensor_parallel_output",
         "sequence_parallel", "virtual_pp_degree", "pp_seg_method", "moe_group", "moe_group_origin",
         "moe_rank", "moe_world_size", "ep_communication_type", "infer_model_mp_num",
@@ -138,4 +141,71 @@ _REASONS: dict[str, tuple[str, ...]] = {
 }
 # fmt: on
 
-HARMLESS: dict[str, str] = {key: why for why, keys in _REASONS.items() for key in keys}
+HF_HARMLESS: dict[str, str] = {key: why for why, keys in _REASONS.items() for key in keys}
+
+# --- keys of a GGUF file, after the prefix of its architecture ---------------------------------
+
+_SCALED = "rotary frequencies rescaled"
+GGUF_NEUTRAL: dict[str, Neutral] = {
+    "rope.scaling.factor": Neutral((0, 1), _SCALED),
+    "rope.scale_linear": Neutral((0, 1), _SCALED),
+    "rope.scaling.attn_factor": Neutral((0, 1), _SCALED),
+    "attention.causal": Neutral((True,), "attention to later tokens"),
+    "attention.sliding_window": Neutral((0,), "attention to a window of recent tokens"),
+    "attention.clamp_kqv": Neutral((0,), "clamped queries, keys and values"),
+    "attention.max_alibi_bias": Neutral((0,), "attention biased by distance (ALiBi)"),
+    "attention.shared_kv_layers": Neutral((0,), "keys and values shared between layers"),
+    "attn_logit_softcapping": Neutral((0,), "attention scores squashed by tanh"),
+    "final_logit_softcapping": Neutral((0,), "logits squashed by tanh"),
+    "logit_scale": Neutral((0, 1), "scaled logits"),
+    "embedding_scale": Neutral((0, 1), "scaled embeddings"),
+    "residual_scale": Neutral((0, 1), "a scaled residual stream"),
+    "use_parallel_residual": Neutral((False,), "attention and feed-forward side by side"),
+    "pooling_type": Neutral((0,), "pooled outputs, as of an embedding model"),
+    "expert_gating_func": Neutral((0, 1), "router scores other than softmax"),
+    "expert_weights_norm": Neutral((True,), "expert weights that are not renormalised"),
+    "expert_weights_scale": Neutral((0, 1), "routed experts scaled by a factor"),
+    "expert_group_count": Neutral((0, 1), "experts chosen within groups"),
+    "expert_group_used_count": Neutral((0, 1), "experts chosen within groups"),
+    "nextn_predict_layers": Neutral((0,), "multi-token prediction inside a GGUF file"),
+}
+
+GGUF_HARMLESS: dict[str, str] = {
+    "tensor_data_layout": "names the origin of an early Llama file; rows lie as always",
+    "rope.scaling.original_context_length": "only read by scaled rotary types, which are refused",
+    "rope.scaling.finetuned": "only read by scaled rotary types, which are refused",
+}
+
+
+def refuse(
+    values: Values, read: frozenset[str], neutral: dict[str, Neutral], harmless: dict[str, str]
+) -> None:
+    """Complain about every key that is not supported or not known.
+
+    Args:
+        values: all keys and values; null stands for a key that is absent.
+        read: keys that the caller reads itself.
+        neutral, harmless: the tables for this kind of metadata.
+    """
+    unknown = []
+    for key, value in values.raw.items():
+        if key in neutral:
+            accepted, meaning = neutral[key]
+            if value is not None and not any(_same(value, entry) for entry in accepted):
+                values.complain(
+                    f"{key} = {brief(value)} asks for {meaning}, which is not supported "
+                    f"(only {' or '.join(repr(entry) for entry in (*accepted, None))})"
+                )
+        elif key not in read and key not in harmless:
+            unknown.append(str(key)[:80])
+    if unknown:
+        values.complain(
+            f"unknown keys that might change the arithmetic: {', '.join(sorted(unknown)[:20])}"
+        )
+
+
+def _same(value: object, accepted: object) -> bool:
+    """Equality that keeps True and 1 apart, and lets 1 stand for 1.0."""
+    return type(value) in (bool, int, float, str, dict) and (
+        value == accepted and isinstance(value, bool) == isinstance(accepted, bool)
+    )

@@ -24,14 +24,17 @@ class Values:
     Args:
         raw: names to values.
         origin: what to call the mapping in messages.
+        problems: a list to add to, where several mappings share one.
 
     Attributes:
         problems: complaints so far, one sentence each.
     """
 
-    def __init__(self, raw: Mapping[str, Any], origin: str):
+    def __init__(
+        self, raw: Mapping[str, Any], origin: str, problems: list[str] | None = None
+    ) -> None:
         self.raw, self.origin = raw, origin
-        self.problems: list[str] = []
+        self.problems: list[str] = [] if problems is None else problems
 
     def complain(self, problem: str) -> None:
         """Remember a problem; `check` raises them together."""
