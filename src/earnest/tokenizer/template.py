@@ -5,6 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+MAX_SOURCE_CHARACTERS = 2**17
+BUILTIN_TEMPLATES = ("ernie", "ernie-thinking")
+
 
 class ChatTemplate:
     """A jinja2 template that turns messages into a prompt."""
