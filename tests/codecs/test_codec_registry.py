@@ -33,8 +33,9 @@ def test_every_codec_has_its_names(name: str) -> None:
 
 def test_every_ggml_type_that_the_package_decodes_is_supported() -> None:
     decodable = {GGMLQuantizationType.F32, GGMLQuantizationType.F16, *quants._type_traits}
-    # Types of a later version of the package than the one this was written against.
-    known = {kind for kind in decodable if kind <= GGMLQuantizationType.MXFP4 + 1}
+    newest = 40  # nvfp4; a later version of the package may know more
+    known = {kind for kind in decodable if kind <= newest}
+    assert len(known) > 20
     for kind in known:
         assert codecs.from_ggml(int(kind)).name == kind.name.lower()
 

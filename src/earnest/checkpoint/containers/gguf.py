@@ -328,8 +328,10 @@ class _Reader:
         return self._buffer[begin : self.position].tobytes()
 
     def name(self, what: str) -> str:
-        """A key or a tensor name: UTF-8 of bounded length."""
+        """A key or a tensor name: UTF-8 of bounded length, not empty."""
         raw = self._bytes(MAX_NAME_BYTES, what)
+        if not raw:
+            self.fail(f"{what} is empty")
         try:
             return raw.decode("utf-8")
         except UnicodeDecodeError as error:
