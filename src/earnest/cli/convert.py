@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from earnest import hub
-from earnest.checkpoint import convert, open_checkpoint
+from earnest.checkpoint import open_checkpoint
+from earnest.checkpoint.convert import convert
 from earnest.cli.terminal import (
     allow_bias_option,
     force_option,
@@ -51,7 +53,7 @@ Examples:
 def command(
     source: str,
     destination: Path,
-    layout: str,
+    layout: Literal["hf", "paddle"],
     dtype: str | None,
     shard_size: float,
     force: bool,
@@ -68,7 +70,7 @@ def command(
         checkpoint = open_checkpoint(
             path, allow_missing_correction_bias=allow_missing_correction_bias
         )
-        report = convert.convert(
+        report = convert(
             checkpoint,
             destination,
             layout,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import click
 
 from earnest import hub
-from earnest.checkpoint import difference, open_checkpoint
+from earnest.checkpoint import open_checkpoint
+from earnest.checkpoint.difference import diff
 from earnest.cli.terminal import (
     allow_bias_option,
     json_option,
@@ -44,7 +45,7 @@ def command(
             )
             for name in (left, right)
         )
-        report = difference.diff(first, second, progress=progress)
+        report = diff(first, second, progress=progress)
     if as_json:
         print_json(report.to_dict())
     else:

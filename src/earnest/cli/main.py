@@ -72,11 +72,11 @@ def main(arguments: list[str] | None = None) -> None:
     except EarnestError as error:
         status = report(error, as_json="--json" in argv)
     except MemoryError:
-        error = MemoryBudgetError(
+        exhausted = MemoryBudgetError(
             "the machine ran out of memory",
             remedy="close other programs, use a smaller model, or lower EARNEST_MEMORY_GIB",
         )
-        status = report(error, as_json="--json" in argv)
+        status = report(exhausted, as_json="--json" in argv)
     except click.ClickException as error:
         error.show()
         status = error.exit_code

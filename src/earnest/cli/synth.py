@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from earnest.checkpoint import synth
+from earnest.checkpoint.synth import synth, truncated
 from earnest.cli.terminal import (
     force_option,
     human_bytes,
@@ -59,9 +59,9 @@ def command(
     """
     config = preset(preset_name)
     if layers is not None:
-        config = synth.truncated(config, layers)
+        config = truncated(config, layers)
     with progress_bar("writing") as progress:
-        report = synth.synth(
+        report = synth(
             destination, config, seed=seed, mtp=mtp, dtype=dtype, force=force, progress=progress
         )
     if as_json:

@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from earnest import hub
-from earnest.checkpoint import integrity, open_checkpoint
+from earnest.checkpoint import open_checkpoint
+from earnest.checkpoint.integrity import check
 from earnest.cli.terminal import (
     allow_bias_option,
     json_option,
@@ -75,7 +76,7 @@ def command(
             located, allow_missing_correction_bias=allow_missing_correction_bias
         )
         reports: dict[str, Any] = {
-            "integrity": integrity.check(
+            "integrity": check(
                 checkpoint, manifest=manifest, write_manifest=write_manifest, progress=progress
             )
         }
