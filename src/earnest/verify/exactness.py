@@ -200,13 +200,12 @@ def compare(
 def _sequences(checkpoint: Checkpoint) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
     """The passages as ids; fixed pseudo-random ids where there is no tokenizer for them."""
     context = checkpoint.config.max_position_embeddings
-    limit = max(1, min(MAX_TOKENS, context - 2))
     try:
-        readings = encode(checkpoint, PASSAGES, limit)
-        return [reading.prefix + reading.body for reading in readings], ()
+        readings = encode(checkpoint, PASSAGES, MAX_TOKENS)
+        return [(reading.prefix + reading.body)[:context] for reading in readings], ()
     except TokenizerError as error:
         rng = np.random.default_rng(0)
-        ids = rng.integers(0, checkpoint.config.vocab_size, (len(PASSAGES), min(limit, 64)))
+        ids = rng.integers(0, checkpoint.config.vocab_size, (len(PASSAGES), min(context, 64)))
         note = f"pseudo-random token ids took the place of the text: {error.problem}"
         return [tuple(row.tolist()) for row in ids], (note,)
 

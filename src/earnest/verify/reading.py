@@ -32,7 +32,7 @@ class Reading:
     Attributes:
         passage: the text.
         prefix: ids that the tokenizer puts before any text (a beginning-of-text token, or none).
-        body: ids of the text itself, cut to the limit that was asked for.
+        body: ids of the text itself, cut to what was asked for.
         utf8_bytes: UTF-8 bytes per id of the whole passage, times the length of `body`.
     """
 
@@ -43,7 +43,7 @@ class Reading:
 
 
 def encode(checkpoint: Checkpoint, passages: Sequence[Passage], limit: int) -> list[Reading]:
-    """The passages as ids, at most `limit` of each.
+    """The passages as ids, at most `limit` of each, and no more than the context holds.
 
     Raises:
         TokenizerError: the checkpoint has no usable tokenizer, or one that gives ids the model
@@ -62,7 +62,8 @@ def encode(checkpoint: Checkpoint, passages: Sequence[Passage], limit: int) -> l
                 expected=f"0 to {checkpoint.config.vocab_size - 1}",
                 remedy="the folder's tokenizer belongs to another model; take the model's own",
             )
-        kept = body[:limit]
+        room = checkpoint.config.max_position_embeddings - len(prefix)
+        kept = body[: max(0, min(limit, room))]
         share = len(kept) / max(len(body), 1)
         readings.append(Reading(passage, tuple(prefix), tuple(kept), share * passage.utf8_bytes))
     return readings

@@ -11,9 +11,9 @@ passages are read, each twice in a row, and two things are measured:
   the wrong positions finds it harder the longer it reads.
 
 If the best of the passages is clearly plausible, the check is passed. If not, each known mistake is
-made on purpose on our side, so that it cancels the one the checkpoint may have, and the passages are
-read again. The mistake whose making helps most is what the checkpoint looks like. A correction bias
-that is missing cannot be made up; its absence is seen in the tensors.
+made on purpose on our side, so that it cancels the one the checkpoint may have, and the passages
+are read again. The mistake whose making helps most is what the checkpoint looks like. A correction
+bias that is missing cannot be made up; its absence is seen in the tensors.
 
 What the thresholds stand on, measured: bits per byte of the best passage, and the second reading
 ratio in brackets.
@@ -50,6 +50,7 @@ from earnest.verify.reading import Reader, Reading, encode
 
 # Tokens of a passage that are read; 256 hold each passage whole under any large vocabulary.
 MAX_TOKENS = 256
+MIN_TOKENS = 32
 
 # Best passage below this many bits per byte, and no harder when read again: a trained model, read
 # rightly. Half-way (geometrically) between the worst intact and the best mangled model measured.
@@ -215,15 +216,15 @@ def selfcheck(checkpoint: Checkpoint, *, progress: Progress = silent) -> SelfChe
         MachineError, CheckpointError: the checkpoint cannot be read. A checkpoint without a
             tokenizer is reported, not raised.
     """
-    limit = min(MAX_TOKENS, checkpoint.config.max_position_embeddings - 2)
     try:
-        readings = [r for r in encode(checkpoint, PASSAGES, limit) if len(r.body) > 1]
+        readings = encode(checkpoint, PASSAGES, MAX_TOKENS)
     except TokenizerError as error:
         return SelfCheckReport(
             passed=False,
             suspected=None,
             verdict=f"not done, since the text cannot be encoded: {error.problem}",
         )
+    readings = [reading for reading in readings if len(reading.body) >= MIN_TOKENS]
     if not readings:
         return SelfCheckReport(False, None, "not done: the context is too short for any text")
     bias_problem = correction_bias_problem(checkpoint)

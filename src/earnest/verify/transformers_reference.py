@@ -29,6 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from earnest.checkpoint.checkpoint import Checkpoint
+from earnest.checkpoint.convert import convert
+from earnest.checkpoint.synth import truncated
 from earnest.errors import CheckpointError, MachineError, MissingPackageError
 from earnest.log import Progress
 from earnest.runners.base import Float32
@@ -258,16 +260,8 @@ def _load(
 def _write_for_transformers(
     checkpoint: Checkpoint, num_layers: int, folder: Path, progress: Progress
 ) -> None:
-    """The first layers as a Hugging Face folder. Plain types are kept, block types become f32."""
-    from earnest.checkpoint.convert import convert
-
-    end = min(checkpoint.config.moe_layer_end_index, num_layers - 1)
-    config = replace(
-        checkpoint.config,
-        num_hidden_layers=num_layers,
-        moe_layer_end_index=end,
-        num_nextn_predict_layers=0,
-    )
+    """The first layers as a Hugging Face folder, in their stored types where torch knows them."""
+    config = replace(truncated(checkpoint.config, num_layers), num_nextn_predict_layers=0)
 
     def is_kept(name: str) -> bool:
         parts = name.split(".")
@@ -276,12 +270,12 @@ def _write_for_transformers(
         )
 
     tensors = {name: t for name, t in checkpoint.tensors.items() if is_kept(name)}
-    plain = all(tensor.codec.is_plain for tensor in tensors.values())
+    known = all(tensor.codec.name in ("bf16", "f16", "f32") for tensor in tensors.values())
     convert(
         replace(checkpoint, config=config, tensors=tensors),
         folder,
         to="hf",
-        dtype=None if plain else "f32",
+        dtype=None if known else "f32",
         progress=progress,
     )
 
