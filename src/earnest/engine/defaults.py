@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
-from earnest.checkpoint.checkpoint import Checkpoint
+from earnest.checkpoint import Checkpoint
 from earnest.engine.request import SamplingParams
 from earnest.errors import ConfigError, SamplingError
 from earnest.tokenizer import Tokenizer
 
+_Number = TypeVar("_Number", int, float)
+
 # Key of generation_config.json, our name, type. Whatever else is in there is about other ways of
 # generating, or says where the file came from.
-_KEYS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
+_KEYS: tuple[tuple[str, str, type[int] | type[float]], ...] = (
     ("temperature", "temperature", float),
     ("top_k", "top_k", int),
     ("top_p", "top_p", float),
@@ -22,6 +23,7 @@ _KEYS: tuple[tuple[str, str, Callable[[Any], Any]], ...] = (
     ("frequency_penalty", "frequency_penalty", float),
     ("max_new_tokens", "max_tokens", int),
 )
+_EXPECTED = {int: "a whole number", float: "a number"}
 _SAMPLED = ("temperature", "top_k", "top_p", "min_p")
 
 
@@ -40,18 +42,27 @@ def sampling_defaults(checkpoint: Checkpoint) -> SamplingParams:
         value = raw.get(key)
         if value is None:
             continue
-        if isinstance(value, bool) or not isinstance(value, int | float) or value != kind(value):
-            raise _unusable(checkpoint, f"{key} = {value!r}", f"a number ({kind.__name__})")
-        given[name] = kind(value)
+        try:
+            given[name] = _number(value, kind)
+            SamplingParams(**{name: given[name]})
+        except (ValueError, OverflowError) as error:  # SamplingError is a ValueError
+            expected = error.expected if isinstance(error, SamplingError) else _EXPECTED[kind]
+            raise _unusable(checkpoint, f"{key} = {value!r:.80}", expected) from error
     sample = raw.get("do_sample")
     if sample is None:
         sample = any(raw.get(key) is not None for key in _SAMPLED)
     if not sample:
         given["temperature"] = 0.0
-    try:
-        return SamplingParams(**given)
-    except SamplingError as error:
-        raise _unusable(checkpoint, error.problem, error.expected) from error
+    return SamplingParams(**given)
+
+
+def _number(value: object, kind: type[_Number]) -> _Number:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError("not a number")
+    number = kind(value)
+    if number != value:
+        raise ValueError("not a whole number")
+    return number
 
 
 def _unusable(checkpoint: Checkpoint, got: str, expected: object) -> ConfigError:

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from earnest import env, hub
-from earnest.checkpoint.checkpoint import Checkpoint
+from earnest.checkpoint import Checkpoint, open_checkpoint
 from earnest.config import ErnieConfig
 from earnest.engine.batch import Slice, blocks_for, make_batch
 from earnest.engine.defaults import end_of_text_ids, sampling_defaults
@@ -78,8 +78,6 @@ def load(
         ModelNotFoundError, CheckpointError, MachineError: it cannot be found, opened or held.
         UserError: `max_context` is out of range.
     """
-    from earnest.checkpoint import open_checkpoint
-
     path = hub.locate(str(model), progress=progress, notice=notice)
     checkpoint = open_checkpoint(path, allow_missing_correction_bias=allow_missing_correction_bias)
     for note in checkpoint.notes:
@@ -204,11 +202,10 @@ class LanguageModel:
             CheckpointError: the model's logits are not finite.
         """
         params = sampling or sampling_defaults(self.checkpoint)
-        if isinstance(prompt, str) or not any(map(_is_prompt, prompt)):
-            single = cast("str | Sequence[int]", prompt)
-            return self._complete([self._request(single, params)])[0]
-        several = cast("list[str | list[int]]", prompt)
-        return self._complete([self._request(part, params) for part in several])
+        if isinstance(prompt, list) and any(map(_is_prompt, prompt)):
+            several = cast("list[str | list[int]]", prompt)
+            return self._complete([self._request(part, params) for part in several])
+        return self._complete([self._request(cast("str | Sequence[int]", prompt), params)])[0]
 
     def stream(
         self, prompt: str | Sequence[int], sampling: SamplingParams | None = None
