@@ -28,6 +28,9 @@ class LeftOut:
     nbytes: int
 
 
+_FORGET_BYTES = 2**27
+
+
 def _nothing_to_forget() -> None:
     """The `forget` of a checkpoint that is not memory-mapped."""
 
@@ -74,6 +77,19 @@ class Checkpoint:
             return Tokenizer.from_gguf(self.metadata)
         folder = self.path if self.path.is_dir() else self.path.parent
         return Tokenizer.from_folder(folder)
+
+    def forgetter(self) -> Callable[[int], None]:
+        """A function that is told how many bytes were streamed, and forgets from time to time."""
+        streamed = 0
+
+        def count(nbytes: int) -> None:
+            nonlocal streamed
+            streamed += nbytes
+            if streamed >= _FORGET_BYTES:
+                streamed = 0
+                self.forget()
+
+        return count
 
     @property
     def has_mtp(self) -> bool:

@@ -31,7 +31,6 @@ from earnest.log import Progress, silent
 DTYPES = ("bf16", "f16", "f32")
 
 _BLOCK_WEIGHTS = 2**21
-_FORGET_BYTES = 2**27
 # Rows of a transposed output are columns of the source: whole blocks of any block type (256 is a
 # multiple of every block length) and whole cache lines.
 _TRANSPOSED_ROWS = 256
@@ -138,7 +137,7 @@ def _plan(
             got=f"no {', '.join(missing[:5])}",
             remedy="convert a complete checkpoint",
         )
-    forget = _forgetter(source)
+    forget = source.forgetter()
     plan, promoted, requantised, absent = [], [], Counter[str](), 0
     for target in targets:
         parts = [(source.tensors[name], region) for name, region in target.parts]
@@ -198,20 +197,6 @@ def _notes(promoted: list[str], requantised: Counter[str], dtype: str | None) ->
             f"quantised blocks ({kinds}) were decoded{loss}; the quality is that of the quantised "
             "file, not of the model it was made from"
         )
-
-
-def _forgetter(source: Checkpoint) -> Callable[[int], None]:
-    """Counts bytes that were streamed, and gives the pages under them back from time to time."""
-    streamed = 0
-
-    def count(nbytes: int) -> None:
-        nonlocal streamed
-        streamed += nbytes
-        if streamed >= _FORGET_BYTES:
-            streamed = 0
-            source.forget()
-
-    return count
 
 
 def _blocks(

@@ -8,7 +8,7 @@ blocks of the same rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from math import sqrt
 from typing import Any, ClassVar, Literal
@@ -150,12 +150,16 @@ def diff(a: Checkpoint, b: Checkpoint, *, progress: Progress = silent) -> DiffRe
     total = sum(a.tensors[name].nbytes for name in common)
     same_path = a.path.resolve() == b.path.resolve()
     done, found = 0, []
+    forget_a, forget_b = a.forgetter(), b.forgetter()
+
+    def streamed(nbytes: int) -> None:
+        forget_a(nbytes)
+        forget_b(nbytes)
+
     for name in names:
         progress(done, total, name)
         left, right = a.tensors.get(name), b.tensors.get(name)
-        found.append(_compare(name, left, right, same_path=same_path))
-        a.forget()
-        b.forget()
+        found.append(_compare(name, left, right, streamed, same_path=same_path))
         done += left.nbytes if left and right else 0
     progress(total, total, "done")
     config = tuple(_config_differences(a.config, b.config))
@@ -170,7 +174,12 @@ def _config_differences(a: ErnieConfig, b: ErnieConfig) -> Iterator[ConfigDiffer
 
 
 def _compare(
-    name: str, a: LazyTensor | None, b: LazyTensor | None, *, same_path: bool
+    name: str,
+    a: LazyTensor | None,
+    b: LazyTensor | None,
+    streamed: Callable[[int], None],
+    *,
+    same_path: bool,
 ) -> TensorDifference:
     if a is None:
         assert b is not None
@@ -192,6 +201,7 @@ def _compare(
             same_rows.append(rows)
         else:
             measure.add(a.codec.decode(block_a), b.codec.decode(block_b))
+        streamed(block_a.nbytes)
     if measure.touched:  # only then do the equal rows count, in the denominators
         for rows in same_rows:
             measure.add_same(a.codec.decode(stored_a[rows]))

@@ -153,10 +153,10 @@ def check(
     tensors = [tensor for tensor in checkpoint.tensors.values() if not tensor.is_absent]
     total = sum(tensor.nbytes for tensor in tensors)
     done, checked = 0, []
+    streamed = checkpoint.forgetter()
     for tensor in tensors:
         progress(done, total, tensor.name)
-        checked.append(_check_tensor(tensor))
-        checkpoint.forget()
+        checked.append(_check_tensor(tensor, streamed))
         done += tensor.nbytes
     progress(total, total, "done")
     findings = list(_judge(checkpoint, checked))
@@ -173,7 +173,7 @@ def check(
 # --- one tensor -------------------------------------------------------------------------------
 
 
-def _check_tensor(tensor: LazyTensor) -> TensorCheck:
+def _check_tensor(tensor: LazyTensor, streamed: Callable[[int], None]) -> TensorCheck:
     digest = hashlib.sha256()
     nan = inf = 0
     all_zero = True
@@ -182,6 +182,7 @@ def _check_tensor(tensor: LazyTensor) -> TensorCheck:
         digest.update(raw.reshape(-1).view(np.uint8).data)
         block_nan, block_inf, block_zero = _count(raw, tensor.codec)
         nan, inf, all_zero = nan + block_nan, inf + block_inf, all_zero and block_zero
+        streamed(raw.nbytes)
     return TensorCheck(
         name=tensor.name,
         codec=tensor.codec.name,
