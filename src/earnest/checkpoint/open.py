@@ -20,6 +20,7 @@ from earnest.checkpoint.containers.base import StoredFile
 from earnest.errors import FormatError, UserError
 from earnest.files import machine_errors, read_json
 
+_MAX_CONFIG_BYTES = 16 * 2**20
 _GGUF_PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf", re.DOTALL)
 
 # GGUF files may bring sampling defaults; these are their names in a generation_config.json.
@@ -92,7 +93,7 @@ def _open_safetensors(
                 expected="the config.json that the model was published with, beside the weights",
                 remedy="download it too; the weights alone do not say how to compute with them",
             )
-    raw = read_json(config_path)
+    raw = read_json(config_path, _MAX_CONFIG_BYTES)
     config = configs.from_hf(raw)
     assembly = assemble(
         str(path),
@@ -101,7 +102,6 @@ def _open_safetensors(
         family_of(stored.tensors),
         allow_missing_correction_bias=allow_missing_correction_bias,
     )
-    generation_path = folder / "generation_config.json"
     return Checkpoint(
         path=path,
         config=assembly.config,
@@ -110,10 +110,14 @@ def _open_safetensors(
         tensors=assembly.tensors,
         left_out=assembly.left_out,
         notes=assembly.notes,
-        generation_config=read_json(generation_path) if generation_path.exists() else {},
+        generation_config=_optional_json(folder / "generation_config.json"),
         metadata=raw,
         forget=stored.forget,
     )
+
+
+def _optional_json(path: Path) -> dict[str, Any]:
+    return read_json(path, _MAX_CONFIG_BYTES) if path.exists() else {}
 
 
 # --- GGUF ---------------------------------------------------------------------------------------
@@ -149,7 +153,11 @@ def _gguf_in(folder: Path) -> Path | None:
 
 def _open_gguf(path: Path, target: Path, allow_missing_correction_bias: bool) -> Checkpoint:
     stored = gguf.open_file(target)
-    config = configs.from_gguf(stored.metadata, tied="output.weight" not in stored.tensors)
+    config = configs.from_gguf(
+        stored.metadata,
+        tied="output.weight" not in stored.tensors,
+        use_bias="blk.0.attn_q.bias" in stored.tensors,
+    )
     assembly = assemble(
         str(target),
         stored.tensors,
