@@ -49,7 +49,10 @@ _VISION_MARKS = re.compile(
     r".*\.mlp\.(gate\.weight_1|vision_moe\..*)|(model\.|ernie\.)?vision_(model|tower)\..*"
     r"|(model\.|ernie\.)?resampler_model\..*|model\.language_model\..*"
 )
-_MTP = re.compile(r"(?:model|ernie)\.mtp_(?:block|emb_norm|hidden_norm|linear_proj)\.(\d{1,9})\..*")
+_MTP = re.compile(
+    r"(?:model|ernie|model\.language_model)\.mtp_(?:block|emb_norm|hidden_norm|linear_proj)"
+    r"\.(\d{1,9})\..*"
+)
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class Assembly:
 
     Attributes:
         config: the configuration with what only the tensors can tell: the MTP depth.
-        dialect: the dialect most of the tensors are in.
+        dialect: the dialect of the tensors; where two are mixed, the later one of its family.
         tensors: canonical name to tensor, in the order of the name table.
         left_out: what else the files hold, and why it is not part of the text model.
         notes: what a careful reader should know, one sentence each.
@@ -152,8 +155,8 @@ def assemble(
             "so other experts act than in the model that was trained"
         )
     notes += _notes(stored, used, left_out)
-    kinds = list(used.values())
-    dialect = max(FAMILIES[family], key=kinds.count)
+    # Most names are the same in all dialects of a family: the last one that was needed tells.
+    dialect = max(used.values(), key=FAMILIES[family].index)
     return Assembly(config, dialect, tensors, left_out, tuple(notes))
 
 

@@ -43,7 +43,7 @@ class Checkpoint:
         path: the file or folder it was opened from.
         config: the model's numbers.
         container: "safetensors" or "gguf".
-        dialect: naming and layout of (most of) the stored tensors, one of `names.DIALECTS`: "hf",
+        dialect: naming and layout of the stored tensors, one of `names.DIALECTS`: "hf",
             "hf_packed", "paddle", "gguf", "vl" or "vl_packed".
         tensors: canonical name (that of the published `-PT` files) to tensor, in the order of the
             name table. Correction biases are float32 `[E]`; MTP tensors are included if stored.
