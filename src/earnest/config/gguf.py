@@ -18,7 +18,7 @@ from typing import Any
 
 from earnest.config.ernie import ErnieConfig
 from earnest.config.keys import GGUF_HARMLESS, GGUF_NEUTRAL, refuse
-from earnest.config.values import Values, as_integer, as_number, brief
+from earnest.config.values import Values, as_integer, brief
 from earnest.errors import ConfigError
 
 ORIGIN = "the GGUF metadata"
@@ -271,12 +271,13 @@ def _end_ids(general: Values) -> tuple[int, ...]:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: GGUF holds 1e-5 as 9.99999974737e-06."""
-    if as_number(value) is None or abs(value) > 3.4e38 or _float32(value) != value:
+    """The short decimal that is the same float32: GGUF holds 1e-5 as 9.99999974737e-06. What needs
+    more than six digits was hardly written down as a decimal and stays as it is."""
+    if abs(value) > 3e38 or _float32(value) != value:
         return value
-    for digits in range(1, 10):
+    for digits in range(1, 7):
         candidate = float(f"{value:.{digits}g}")
-        if abs(candidate) < 3.4e38 and _float32(candidate) == value:
+        if _float32(candidate) == value:
             return candidate
     return value
 
