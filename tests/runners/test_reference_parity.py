@@ -200,9 +200,6 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.abs(ours - theirs).max() < 1e-4 * scale
 
 
-total_ties: list[int] = []
-
-
 @pytest.mark.parametrize("seed", range(44))
 def test_random_configuration(seed: int, tmp_path: Path, batch_of, runner_for) -> None:
     case = make_case(seed, tmp_path)
@@ -215,7 +212,7 @@ def test_random_configuration(seed: int, tmp_path: Path, batch_of, runner_for) -
     fill_cache(runner, case, table)
     routing: list[Routing] = []
     logits = runner.step(batch_of((case.tokens, case.start, table)), routing)
-    total_ties.append(compare_routing(case, routing))
+    assert compare_routing(case, routing) <= 1, "ties must be rare"
     assert_close(logits, case.logits)
     if checkpoint.config.is_moe:
         assert case.routers
@@ -228,9 +225,3 @@ def test_random_configuration(seed: int, tmp_path: Path, batch_of, runner_for) -
         for i, token in enumerate(case.tokens[7:], 7)
     ]
     assert_close(np.concatenate(incremental), case.logits)
-
-
-def test_ties_were_rare() -> None:
-    if len(total_ties) < 44:
-        pytest.skip("counts over all random configurations, which did not all run")
-    assert sum(total_ties) <= 5
