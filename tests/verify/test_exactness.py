@@ -21,6 +21,8 @@ from earnest import env
 from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.checkpoint.convert import convert
 from earnest.checkpoint.open import open_checkpoint
+from earnest.checkpoint.synth import synth
+from earnest.config import preset
 from earnest.errors import (
     CheckpointError,
     MachineError,
@@ -124,6 +126,42 @@ def test_first_layers_only(random_folder: Callable[..., Path], end_index: int) -
     assert report.passed, report.failures
     assert (report.layers_compared, report.layers_total) == (2, 3)
     assert [layer.kind for layer in report.layers] == ["dense", "moe"]
+
+
+def test_published_spelling_of_the_config(
+    random_folder: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Files on the hub have the old spelling, and point to code that must never be executed."""
+    folder = tmp_path / "published"
+    shutil.copytree(random_folder("moe"), folder)
+    raw = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    for name in ("rope_parameters", "dtype", "transformers_version"):
+        raw.pop(name, None)
+    raw |= {
+        "rope_theta": 12345.0,
+        "rope_scaling": None,
+        "torch_dtype": "bfloat16",
+        "moe_layer_end_index": -1,
+        "auto_map": {
+            "AutoConfig": "configuration_here.HereConfig",
+            "AutoModelForCausalLM": "modeling_here.HereForCausalLM",
+        },
+    }
+    (folder / "config.json").write_text(json.dumps(raw), encoding="utf-8")
+    for module in ("configuration_here", "modeling_here"):
+        code = f"open({str(tmp_path / 'executed')!r}, 'w')"
+        (folder / f"{module}.py").write_text(code, encoding="utf-8")
+    report = well_formed(compare(open_checkpoint(folder)))
+    assert report.passed, report.failures
+    assert "transformers read the folder itself" in report.notes
+    assert not (tmp_path / "executed").exists()
+
+
+def test_synthetic_checkpoint_with_mtp(tmp_path: Path) -> None:
+    synth(tmp_path / "synth", preset("small-moe"), seed=1, mtp=True)
+    report = well_formed(compare(open_checkpoint(tmp_path / "synth")))
+    assert report.passed, report.failures
+    assert report.expert_agreement == 1
 
 
 def test_first_layers_of_a_converted_model(
@@ -304,9 +342,8 @@ def test_missing_package(
 ) -> None:
     checkpoint = open_checkpoint(random_folder("dense"))
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(
-        MissingPackageError, match=rf"{package}(.|\n)*pip install 'earnest\[verify\]'"
-    ):
+    remedy = r"(.|\n)*pip install 'earnest\[verify\]'"
+    with pytest.raises(MissingPackageError, match=package + remedy):
         compare(checkpoint)
 
 
