@@ -189,7 +189,7 @@ def _notes(promoted: list[str], requantised: Counter[str], dtype: str | None) ->
     if requantised:
         kinds = ", ".join(f"{n:,} {kind}" for kind, n in requantised.most_common())
         loss = {
-            "bf16": ", rounded to bf16 (a relative error of up to 2**-9)",
+            "bf16": ", rounded to bf16 (a relative error of up to 2**-8)",
             "f16": ", rounded to f16 (a relative error of up to 2**-11)",
             "f32": "",
         }[dtype or "bf16"]

@@ -1,6 +1,6 @@
 """`describe`: the facts of an opened checkpoint, or of a configuration alone, as JSON-able values.
 
-Only headers were read to know them, so the answer comes at once whatever the size.
+No weight is read for them, so the answer comes at once whatever the size.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Any
 
 from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.config import Accounting, ErnieConfig
-from earnest.errors import TokenizerError
+from earnest.errors import FormatError, TokenizerError
 
 _ELEMENT_BYTES = {"f32": 4, "bf16": 2, "fp8": 1}
 
@@ -94,7 +94,7 @@ def _describe_tokenizer(checkpoint: Checkpoint) -> dict[str, Any]:
     source = _tokenizer_source(checkpoint)
     try:
         tokenizer = checkpoint.tokenizer
-    except TokenizerError as error:
+    except (TokenizerError, FormatError) as error:
         return {"source": source, "error": error.problem}
     return {
         "source": source,
@@ -109,7 +109,7 @@ def _tokenizer_source(checkpoint: Checkpoint) -> str | None:
         kind = checkpoint.metadata.get("tokenizer.ggml.model")
         return f"GGUF, {kind}" if isinstance(kind, str) else None
     folder = checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
-    for name in ("tokenizer.model", "tokenizer.json"):
+    for name in ("tokenizer.json", "tokenizer.model"):
         if (folder / name).is_file():
             return name
     return None
