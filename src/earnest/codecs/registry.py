@@ -7,12 +7,14 @@ from typing import TypeVar
 
 from earnest.codecs.base import Codec
 from earnest.codecs.blocks import BLOCKS
+from earnest.codecs.encode import with_encoder
 from earnest.codecs.iquants import IQUANTS
 from earnest.codecs.kquants import KQUANTS
 from earnest.codecs.plain import PLAIN
 from earnest.errors import FormatError
 
-CODECS: dict[str, Codec] = {c.name: c for c in (*PLAIN, *BLOCKS, *KQUANTS, *IQUANTS)}
+_BLOCK_CODECS = map(with_encoder, (*BLOCKS, *KQUANTS, *IQUANTS))
+CODECS: dict[str, Codec] = {c.name: c for c in (*PLAIN, *_BLOCK_CODECS)}
 
 _SAFETENSORS = {
     "F64": "f64",

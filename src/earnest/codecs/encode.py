@@ -1,0 +1,71 @@
+"""Encoders of GGUF's block formats: float32 weights to the bytes that `decode` reads.
+
+They minimise the plain mean squared error, block by block, by the search of `encode_search`; a
+block depends on nothing but its own weights, so rows may be encoded in any portions and on any
+number of threads (numpy lets go of the interpreter lock) with the same result.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import numpy.typing as npt
+
+from earnest.codecs.base import Codec, Float32, Raw
+from earnest.codecs.encode_blocks import BLOCK_FITS
+from earnest.codecs.encode_kquants import KQUANT_FITS
+from earnest.errors import FormatError
+
+# Weights encoded at a time: the handful of arrays a search works on then stay in a core's own
+# cache, and numpy's cost of a call is still small beside the work of one.
+_CHUNK_WEIGHTS = 2**16
+
+Columns = npt.NDArray[np.uint8]
+Fit = Callable[[Float32], Columns]
+
+_FITS = {**BLOCK_FITS, **KQUANT_FITS}
+
+
+def with_encoder(codec: Codec) -> Codec:
+    """A block codec with its encoder, if Earnest has one for it."""
+    found = _FITS.get(codec.name)
+    if found is None:
+        return codec
+    fit, largest = found
+
+    def encode(x: Float32) -> Raw:
+        return _encode(x, codec, fit, largest)
+
+    return replace(codec, encode=encode)
+
+
+def _encode(x: Float32, codec: Codec, fit: Fit, largest: float) -> Raw:
+    """Encode float32 `[..., n]`, where n is a multiple of the block length.
+
+    Raises:
+        FormatError: a weight is not finite, or too large for the format's half-float scales.
+    """
+    blocks = np.ascontiguousarray(x, np.float32).reshape(-1, codec.block_weights)
+    out = np.empty((len(blocks), codec.block_bytes), np.uint8)
+    step = max(1, _CHUNK_WEIGHTS // codec.block_weights)
+    for start in range(0, len(blocks), step):
+        part = blocks[start : start + step]
+        _check(part, codec.name, largest)
+        out[start : start + step] = fit(np.ascontiguousarray(part.T)).T
+    return out.reshape(*x.shape[:-1], codec.row_bytes(x.shape[-1]))
+
+
+def _check(part: Float32, name: str, largest: float) -> None:
+    peak = float(max(part.max(), -part.min()))
+    if peak <= largest:  # not so for NaN
+        return
+    finite = bool(np.isfinite(part).all())
+    raise FormatError(
+        f"weights {'beyond the range of' if finite else 'that are not finite have no place in'} "
+        f"{name} blocks",
+        got=f"{peak:.6g}" if finite else f"{int((~np.isfinite(part)).sum()):,} NaN or infinite",
+        expected=f"at most {largest:.6g}",
+        remedy="the checkpoint may be damaged (see earnest verify); if not, store them as bf16",
+    )
