@@ -139,8 +139,7 @@ def _reference_count(config: ErnieConfig) -> int:
     torch = pytest.importorskip("torch", reason="compares with transformers")
     transformers = pytest.importorskip("transformers", reason="compares with transformers")
     kind = "Ernie4_5_Moe" if config.is_moe else "Ernie4_5"
-    raw = to_hf(config)
-    raw["eos_token_id"] = 2
+    raw = to_hf(config) | {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     with torch.device("meta"):
         made = getattr(transformers, f"{kind}ForCausalLM")(
             getattr(transformers, f"{kind}Config").from_dict(raw)

@@ -287,6 +287,10 @@ def test_logits_are_asked_for_only_where_needed() -> None:
     drive(machine)
     assert [len(batch.logits_rows) for batch in runner.batches] == [0, 0, 0, 1, 1, 1]
     assert [len(batch.tokens) for batch in runner.batches] == [10, 10, 10, 5, 1, 1]
+    runner.batches.clear()
+    machine.add(Request((2,) * 21, SamplingParams(max_tokens=2, ignore_eos=True)))
+    drive(machine)
+    assert [len(batch.logits_rows) for batch in runner.batches] == [0, 0, 1, 1]
 
 
 def only(*tokens: int, default: int = 2) -> FakeRunner:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from earnest.engine.request import SamplingParams
-from earnest.engine.sampler import Sampler, check_sampling, largest, token_logprobs, uniform
+from earnest.engine.sampler import Sampler, _draw, check_sampling, largest, token_logprobs, uniform
 from earnest.errors import CheckpointError, EarnestError, SamplingError
 
 logit_rows = st.lists(
@@ -257,6 +257,13 @@ def test_uniform_is_philox(seed: int, position: int) -> None:
         x0, x1, x2, x3 = (p1 >> 64) ^ x1 ^ k0, p1 & mask, (p0 >> 64) ^ x3 ^ k1, p0 & mask
         k0, k1 = (k0 + 0x9E3779B97F4A7C15) & mask, (k1 + 0xBB67AE8584CAA73B) & mask
     assert uniform(seed, position) == (x0 >> 11) / 2**53
+
+
+@pytest.mark.parametrize(
+    ("number", "index"), [(0.0, 1), (0.499, 1), (0.5, 3), (1 - 2**-53, 3), (1.0, 3)]
+)
+def test_what_is_impossible_is_never_drawn(number: float, index: int) -> None:
+    assert _draw(np.array([0, 0.7, 0, 0.7, 0]), number) == index
 
 
 @given(values=logit_rows, count=st.integers(1, 50))

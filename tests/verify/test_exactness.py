@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from collections.abc import Callable
@@ -414,9 +415,18 @@ def test_reference_that_cannot_load(random_folder: Callable[..., Path], tmp_path
         compare(checkpoint)
 
 
-def test_logging_of_transformers_is_restored(random_folder: Callable[..., Path]) -> None:
+def test_settings_of_transformers_are_restored(
+    random_folder: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, transformers = load_packages()
-    settings = transformers.utils.logging
+    settings, switch = transformers.utils.logging, "HF_DEACTIVATE_ASYNC_LOAD"
+    checkpoint = open_checkpoint(random_folder("dense"))
     before = settings.get_verbosity(), settings.is_progress_bar_enabled()
-    compare(open_checkpoint(random_folder("dense")), num_layers=1)
+    for value in ("0", None):
+        if value is None:
+            monkeypatch.delenv(switch, raising=False)
+        else:
+            monkeypatch.setenv(switch, value)
+        compare(checkpoint, num_layers=1)
+        assert os.environ.get(switch) == value
     assert (settings.get_verbosity(), settings.is_progress_bar_enabled()) == before

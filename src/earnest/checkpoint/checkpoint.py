@@ -28,7 +28,7 @@ class LeftOut:
     nbytes: int
 
 
-_FORGET_BYTES = 2**27
+_FORGET_BYTES = 2**25
 
 
 def _nothing_to_forget() -> None:

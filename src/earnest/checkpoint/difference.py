@@ -305,4 +305,7 @@ def _condensed(tensors: list[TensorDifference]) -> Iterator[tuple[str, TensorDif
         kinds.setdefault((re.sub(r"\.\d+\.", ".*.", tensor.name), tensor.state), []).append(tensor)
     for (kind, _), members in kinds.items():
         worst = max(members, key=lambda t: (t.relative_rms is None, t.relative_rms or 0.0))
-        yield f"{kind} ({len(members):,} tensors, the most different)", worst
+        if len(members) == 1:
+            yield worst.name, worst
+        else:
+            yield f"{kind} (the most different of {len(members):,})", worst

@@ -200,7 +200,7 @@ def _count(raw: Raw, codec: Codec) -> tuple[int, int, bool]:
     if codec.name not in _BITS:
         values = codec.decode(raw)
         nan, inf = np.isnan(values), np.isinf(values)
-        return int(nan.sum()), int(inf.sum()), not values.any()
+        return int(nan.sum()), int(inf.sum()), not np.count_nonzero(values)
     dtype, exponent, mantissa = _BITS[codec.name]
     magnitude = raw.view(dtype) & np.array(exponent | mantissa, dtype)
     largest = int(magnitude.max(initial=0))

@@ -50,7 +50,7 @@ _MAX_TOTAL = 32 * MAX_CHARACTERS
 _MAX_BITS = 8192
 _MAX_WIDTH = 1000
 _MAX_DEPTH = 100
-_MAX_NODES = 50_000
+_MAX_NODES = 20_000
 
 
 class LimitError(jinja2.TemplateRuntimeError):

@@ -18,8 +18,8 @@ import jinja2
 from earnest.errors import PromptError, TemplateError, UserError
 from earnest.tokenizer.sandbox import ENVIRONMENT, MAX_CHARACTERS, LimitError, budget
 
-MAX_SOURCE_CHARACTERS = 2**17
-"""The longest template that is compiled; the longest published ones have a fifth of it."""
+MAX_SOURCE_CHARACTERS = 2**16
+"""The longest template that is compiled; the longest published ones have a third of it."""
 
 BUILTIN_TEMPLATES = ("ernie", "ernie-thinking")
 

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import logging
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -282,14 +283,23 @@ def _write_for_transformers(
 
 @contextlib.contextmanager
 def _quiet(transformers: ModuleType) -> Iterator[None]:
-    """Keep transformers from drawing bars and from warning of the layers that were cut off."""
-    settings = transformers.utils.logging
+    """Keep transformers from drawing bars, from warning of the layers that were cut off, and from
+    reading all experts in float32 before it stacks those of the first layer: that takes twice the
+    memory. (`HF_DEACTIVATE_ASYNC_LOAD` is the switch that transformers has for it.)
+    """
+    settings, switch = transformers.utils.logging, "HF_DEACTIVATE_ASYNC_LOAD"
     verbosity, bars = settings.get_verbosity(), settings.is_progress_bar_enabled()
+    before = os.environ.get(switch)
     settings.set_verbosity(logging.CRITICAL)
     settings.disable_progress_bar()
+    os.environ[switch] = "1"
     try:
         yield
     finally:
+        if before is None:
+            del os.environ[switch]
+        else:
+            os.environ[switch] = before
         settings.set_verbosity(verbosity)
         if bars:
             settings.enable_progress_bar()
