@@ -224,6 +224,15 @@ class StagedFolder:
             _remove(replaced)
         self._unlock()
 
+    def commit_file(self, name: str) -> None:
+        """Rename one finished file out of the folder to the destination, and drop the folder."""
+        with machine_errors(self.destination, "renaming to"):
+            if self.destination.is_dir():
+                _remove(self.destination)
+            (self.path / name).replace(self.destination)
+            _remove(self.path)
+        self._unlock()
+
     def __enter__(self) -> StagedFolder:
         return self
 

@@ -209,8 +209,8 @@ def test_blocks_of_large_matrices_fit_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row blocks far smaller than the tensors, so that every seam between blocks is crossed."""
-    monkeypatch.setattr("earnest.checkpoint.convert._BLOCK_WEIGHTS", 1000)
-    monkeypatch.setattr("earnest.checkpoint.convert._TRANSPOSED_ROWS", 7)
+    monkeypatch.setattr("earnest.checkpoint.plan._BLOCK_WEIGHTS", 1000)
+    monkeypatch.setattr("earnest.checkpoint.plan._TRANSPOSED_ROWS", 7)
     monkeypatch.setattr("earnest.checkpoint.checkpoint._FORGET_BYTES", 4096)
     source = made(tmp_path / "hf", preset("small-moe"), mtp=True)
     convert(source, tmp_path / "paddle", "paddle")

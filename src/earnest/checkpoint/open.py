@@ -24,7 +24,7 @@ _MAX_CONFIG_BYTES = 16 * 2**20
 _GGUF_PART = re.compile(r"(.*)-\d{5}-of-\d{5}\.gguf", re.DOTALL)
 
 # GGUF files may bring sampling defaults; these are their names in a generation_config.json.
-_GGUF_SAMPLING = {
+GGUF_SAMPLING = {
     "general.sampling.temp": "temperature",
     "general.sampling.top_k": "top_k",
     "general.sampling.top_p": "top_p",
@@ -183,6 +183,6 @@ def _gguf_generation(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Sampling defaults of a GGUF file, under the names of a generation_config.json."""
     return {
         name: metadata[key]
-        for key, name in _GGUF_SAMPLING.items()
+        for key, name in GGUF_SAMPLING.items()
         if isinstance(metadata.get(key), int | float)
     }

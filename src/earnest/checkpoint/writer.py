@@ -6,8 +6,6 @@ files it finished there; the same call again, with the same input, keeps them an
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,6 +14,7 @@ from typing import Any, Literal
 from earnest.checkpoint.checkpoint import LeftOut
 from earnest.checkpoint.containers.base import PlannedTensor
 from earnest.checkpoint.containers.safetensors import write_shards
+from earnest.checkpoint.plan import tensors_digest
 from earnest.config import ErnieConfig, to_hf
 from earnest.errors import DiskFullError
 from earnest.files import StagedFolder, machine_errors, require_space, write_json
@@ -107,7 +106,7 @@ def write_checkpoint(
         "layout": layout,
         "shard_bytes": shard_bytes,
         "config": asdict(config),
-        "tensors": _digest(plan),
+        "tensors": tensors_digest(plan),
     }
     with StagedFolder(destination, identity, force=force) as staged:
         try:
@@ -156,11 +155,6 @@ def _main_dtype(plan: Sequence[PlannedTensor]) -> str | None:
     for tensor in plan:
         sizes[tensor.codec.name] = sizes.get(tensor.codec.name, 0) + tensor.nbytes
     return _DTYPES.get(max(sizes, key=lambda name: sizes[name])) if sizes else None
-
-
-def _digest(plan: Sequence[PlannedTensor]) -> str:
-    text = json.dumps([[t.name, t.codec.name, t.shape] for t in plan])
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _size_of(folder: Path) -> int:

@@ -10,6 +10,7 @@ import click
 from earnest import hub
 from earnest.checkpoint import open_checkpoint
 from earnest.checkpoint.convert import convert
+from earnest.checkpoint.export import export
 from earnest.cli.terminal import (
     allow_bias_option,
     force_option,
@@ -26,6 +27,7 @@ Examples:
   earnest convert ./ERNIE-4.5-21B-A3B-PT ./paddle --to paddle
   earnest convert ./ERNIE-4.5-0.3B-Paddle ./hf --to hf
   earnest convert model.gguf ./hf --to hf --dtype bf16
+  earnest convert ./ERNIE-4.5-0.3B-PT model.gguf --to gguf
 """
 
 
@@ -33,19 +35,24 @@ Examples:
 @click.argument("source", metavar="SRC")
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
 @click.option(
-    "--to", "layout", type=click.Choice(["hf", "paddle"]), required=True, help="Target layout."
+    "--to",
+    "layout",
+    type=click.Choice(["hf", "paddle", "gguf"]),
+    required=True,
+    help="Target layout.",
 )
 @click.option(
     "--dtype",
     type=click.Choice(["bf16", "f16", "f32"]),
-    help="Store weights in this type (default: as they are; quantised blocks become bf16).",
+    help="Store weights in this type (default: as they are; quantised blocks, which only GGUF can "
+    "hold, become bf16 in a folder).",
 )
 @click.option(
     "--shard-size",
     type=click.FloatRange(min=0.001),
     default=5.0,
     show_default=True,
-    help="Largest file, in GB.",
+    help="Largest file, in GB (hf and paddle).",
 )
 @force_option
 @allow_bias_option
@@ -53,14 +60,14 @@ Examples:
 def command(
     source: str,
     destination: Path,
-    layout: Literal["hf", "paddle"],
+    layout: Literal["hf", "paddle", "gguf"],
     dtype: str | None,
     shard_size: float,
     force: bool,
     allow_missing_correction_bias: bool,
     as_json: bool,
 ) -> None:
-    """Rewrite the checkpoint SRC (any layout Earnest opens) as the folder DST.
+    """Rewrite the checkpoint SRC (any layout Earnest opens) as DST: a folder, or a .gguf file.
 
     Weights stream from file to file: memory stays far under 2 GB whatever the size. DST appears
     when it is complete; an interrupted run is continued by the same command.
@@ -70,15 +77,18 @@ def command(
         checkpoint = open_checkpoint(
             path, allow_missing_correction_bias=allow_missing_correction_bias
         )
-        report = convert(
-            checkpoint,
-            destination,
-            layout,
-            dtype=dtype,
-            force=force,
-            shard_bytes=int(shard_size * 1e9),
-            progress=progress,
-        )
+        if layout == "gguf":
+            report = export(checkpoint, destination, dtype=dtype, force=force, progress=progress)
+        else:
+            report = convert(
+                checkpoint,
+                destination,
+                layout,
+                dtype=dtype,
+                force=force,
+                shard_bytes=int(shard_size * 1e9),
+                progress=progress,
+            )
     if as_json:
         print_json(report.to_dict())
         return

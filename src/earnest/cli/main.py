@@ -21,7 +21,8 @@ VERBS = {
     "inspect": "Show what a checkpoint (or a preset) holds: config, parts, types, sizes.",
     "verify": "Check a checkpoint's integrity, its plausibility, and its exactness.",
     "diff": "List which tensors of two checkpoints differ, and by how much.",
-    "convert": "Rewrite a checkpoint in the Hugging Face or the Paddle layout.",
+    "convert": "Rewrite a checkpoint in the Hugging Face or the Paddle layout, or as GGUF.",
+    "quantize": "Write a checkpoint as a GGUF file of smaller weights.",
     "synth": "Write a checkpoint of true shapes with random weights, for tests and benchmarks.",
     "pull": "Download a checkpoint from the Hugging Face hub.",
 }

@@ -16,11 +16,14 @@ from earnest.cli.terminal import (
     progress_bar,
 )
 from earnest.config import PRESETS, preset
+from earnest.errors import UserError
+from earnest.quantize import RECIPES, synth_gguf
 
 EPILOG = """\b
 Examples:
   earnest synth ./random-0.3b --preset 0.3b --seed 1
   earnest synth ./four-layers --preset 21b-a3b --seed 1 --layers 4
+  earnest synth ./random-21b.gguf --preset 21b-a3b --codec q4_0
 """
 
 
@@ -40,6 +43,11 @@ Examples:
     show_default=True,
     help="Type of the weights (router and correction bias are always f32).",
 )
+@click.option(
+    "--codec",
+    type=click.Choice(list(RECIPES)),
+    help="Block types of a .gguf file (as earnest quantize has them).",
+)
 @click.option("--mtp", is_flag=True, help="Also write the multi-token-prediction block.")
 @force_option
 @json_option
@@ -49,21 +57,33 @@ def command(
     seed: int,
     layers: int | None,
     dtype: str,
+    codec: str | None,
     mtp: bool,
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a Hugging Face folder DST with random weights: for tests and benchmarks.
+    """Write a checkpoint DST with random weights, for tests and benchmarks: a Hugging Face folder
+    or, if its name ends in .gguf, a GGUF file, whose large tensors repeat a random tile.
 
     Scales are plausible and the correction bias is not zero. The same seed gives the same bytes.
     """
+    as_gguf = destination.suffix == ".gguf"
+    if codec and not as_gguf:
+        raise UserError("--codec needs a GGUF file", remedy="give DST a name that ends in .gguf")
+    if mtp and as_gguf:
+        raise UserError("GGUF has no place for the multi-token-prediction block")
     config = preset(preset_name)
     if layers is not None:
         config = truncated(config, layers)
     with progress_bar("writing") as progress:
-        report = synth(
-            destination, config, seed=seed, mtp=mtp, dtype=dtype, force=force, progress=progress
-        )
+        if as_gguf:
+            report = synth_gguf(
+                destination, config, codec or dtype, seed=seed, force=force, progress=progress
+            )
+        else:
+            report = synth(
+                destination, config, seed=seed, mtp=mtp, dtype=dtype, force=force, progress=progress
+            )
     if as_json:
         print_json(report.to_dict())
         return

@@ -34,7 +34,7 @@ def over_weights(x_SN: Float32) -> Float32:
 
 def dot(a_SWN: Float32, b_SWN: Float32) -> Float32:
     """Sums over the weights of each run, `[S, N]`."""
-    return np.einsum("swn,swn->sn", a_SWN, b_SWN)
+    return np.asarray(np.einsum("swn,swn->sn", a_SWN, b_SWN), np.float32)
 
 
 def ratio(a: Float32, b: Float32) -> Float32:
@@ -92,7 +92,7 @@ def fit_scale(
     for _ in range(rounds):
         levels(unit_SWN, scale_SN, low, high, out=q_SWN)
         scale_SN = ratio(dot(unit_SWN, q_SWN), dot(q_SWN, q_SWN))
-    return scale_SN * peak_SN
+    return np.asarray(scale_SN * peak_SN, np.float32)
 
 
 def fit_line(

@@ -30,8 +30,8 @@ from earnest.tokenizer.template import ChatTemplate
 from earnest.tokenizer.tokenizer_json import Decoding
 from earnest.tokenizer.vocabulary import AddedToken, library_errors
 
-_PREFIX = "tokenizer.ggml."
-_NAMED = {
+PREFIX = "tokenizer.ggml."
+NAMED = {
     "bos_token": ("bos_token_id",),
     "eos_token": ("eos_token_id",),
     "eot_token": ("eot_token_id",),
@@ -53,7 +53,7 @@ def read_metadata(metadata: Mapping[str, Any]) -> Source:
     Raises:
         TokenizerError: there is none, or it is broken or of a kind that is not supported.
     """
-    kind = metadata.get(_PREFIX + "model")
+    kind = metadata.get(PREFIX + "model")
     if kind not in ("llama", "gpt2"):
         raise TokenizerError(
             "the GGUF file has no tokenizer of a supported kind (tokenizer.ggml.model)",
@@ -96,7 +96,7 @@ def _sentencepiece(
 ) -> SentencePieceModel:
     scores = _numbers(metadata, "scores", len(tokens))
     byte_pieces = {byte_of(token) for token, kind in zip(tokens, types, strict=True) if kind == 6}
-    unknown = metadata.get(_PREFIX + "unknown_token_id", 0)
+    unknown = metadata.get(PREFIX + "unknown_token_id", 0)
     if PieceType.UNKNOWN not in types and isinstance(unknown, int) and unknown < len(types):
         types = [*types[:unknown], PieceType.UNKNOWN, *types[unknown + 1 :]]
     return SentencePieceModel(
@@ -146,13 +146,13 @@ def _typed_tokens(tokens: list[str], types: list[int]) -> list[AddedToken]:
 
 def _names(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
     names = {}
-    for name, keys in _NAMED.items():
+    for name, keys in NAMED.items():
         for key in keys:
-            token_id = metadata.get(_PREFIX + key)
+            token_id = metadata.get(PREFIX + key)
             if token_id is None:
                 continue
             if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-                logger.warning("GGUF: %s%s is no token: %r; ignored", _PREFIX, key, token_id)
+                logger.warning("GGUF: %s%s is no token: %r; ignored", PREFIX, key, token_id)
                 continue
             names[name] = tokens[token_id]
     return names
@@ -176,7 +176,7 @@ def _templates(metadata: Mapping[str, Any]) -> dict[str, ChatTemplate]:
 
 
 def _pre_name(metadata: Mapping[str, Any]) -> str:
-    name = metadata.get(_PREFIX + "pre", "default")
+    name = metadata.get(PREFIX + "pre", "default")
     return name if isinstance(name, str) else repr(name)
 
 
@@ -184,33 +184,33 @@ def _pre_name(metadata: Mapping[str, Any]) -> str:
 
 
 def _flag(metadata: Mapping[str, Any], key: str, *, default: bool) -> bool:
-    value = metadata.get(_PREFIX + key, default)
+    value = metadata.get(PREFIX + key, default)
     if not isinstance(value, bool):
-        raise TokenizerError(f"GGUF: {_PREFIX}{key} is not true or false", got=repr(value)[:80])
+        raise TokenizerError(f"GGUF: {PREFIX}{key} is not true or false", got=repr(value)[:80])
     return value
 
 
 def _array(metadata: Mapping[str, Any], key: str, length: int | None) -> list[Any]:
-    value = metadata.get(_PREFIX + key)
+    value = metadata.get(PREFIX + key)
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if not isinstance(value, Sequence) or isinstance(value, str | bytes) or not value:
-        raise TokenizerError(f"GGUF: {_PREFIX}{key} is missing or not a list")
+        raise TokenizerError(f"GGUF: {PREFIX}{key} is missing or not a list")
     if length is not None and len(value) != length:
         raise TokenizerError(
-            f"GGUF: {_PREFIX}{key} does not fit the vocabulary",
+            f"GGUF: {PREFIX}{key} does not fit the vocabulary",
             got=f"{len(value):,} entries",
             expected=f"{length:,}",
         )
     if len(value) > 4 * MAX_PIECES:
-        raise TokenizerError(f"GGUF: {_PREFIX}{key} is absurdly long", got=f"{len(value):,}")
+        raise TokenizerError(f"GGUF: {PREFIX}{key} is absurdly long", got=f"{len(value):,}")
     return list(value)
 
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     values = _array(metadata, key, None)
     if not all(isinstance(value, str) for value in values):
-        raise TokenizerError(f"GGUF: {_PREFIX}{key} holds something that is not text")
+        raise TokenizerError(f"GGUF: {PREFIX}{key} holds something that is not text")
     return values
 
 
@@ -218,12 +218,12 @@ def _integers(metadata: Mapping[str, Any], key: str, length: int) -> list[int]:
     values = _array(metadata, key, length)
     known = set(PieceType)
     if not all(isinstance(value, int) and value in known for value in values):
-        raise TokenizerError(f"GGUF: {_PREFIX}{key} holds something that is no token type (1 to 6)")
+        raise TokenizerError(f"GGUF: {PREFIX}{key} holds something that is no token type (1 to 6)")
     return values
 
 
 def _numbers(metadata: Mapping[str, Any], key: str, length: int) -> list[float]:
     values = _array(metadata, key, length)
     if not all(isinstance(value, int | float) for value in values):
-        raise TokenizerError(f"GGUF: {_PREFIX}{key} holds something that is not a number")
+        raise TokenizerError(f"GGUF: {PREFIX}{key} holds something that is not a number")
     return [float(value) for value in values]

@@ -17,7 +17,7 @@ from typing import Any
 
 from earnest.errors import ChatUnsupportedError, PromptError
 from earnest.files import MAX_JSON_BYTES, machine_errors, read_bytes, staged_file
-from earnest.tokenizer import gguf, sources
+from earnest.tokenizer import gguf, gguf_write, sources
 from earnest.tokenizer.detokenizer import Detokenizer
 from earnest.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from earnest.tokenizer.sources import Source
@@ -222,6 +222,23 @@ class Tokenizer:
         for name, data in self._files().items():
             with staged_file(destination / name) as file:
                 file.write(data)
+
+    def to_gguf(self, size: int | None = None) -> dict[str, Any]:
+        """The keys `tokenizer.*` of a GGUF file, from which `from_gguf` reads the same tokenizer.
+
+        Args:
+            size: rows of the embedding; the vocabulary is filled up with unused tokens to it.
+
+        Raises:
+            TokenizerError: GGUF cannot say it, or the vocabulary is larger than `size`.
+        """
+        found = gguf_write.metadata(self._source, size)
+        end = found.get(gguf.PREFIX + "eos_token_id")
+        # What ends a turn: a reader stops there only if it is told.
+        turn_ends = [token_id for token_id in self.eos_ids if token_id != end]
+        if turn_ends:
+            found.setdefault(gguf.PREFIX + "eot_token_id", turn_ends[0])
+        return found
 
     def _files(self) -> dict[str, bytes]:
         source = self._source

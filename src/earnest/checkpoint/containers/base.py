@@ -72,6 +72,32 @@ class PlannedTensor:
         return prod(self.shape) // self.codec.block_weights * self.codec.block_bytes
 
 
+def stream(path: Path, tensor: PlannedTensor) -> Iterator[memoryview]:
+    """The bytes of a planned tensor, in order, checked against what was planned.
+
+    Raises:
+        FormatError: the blocks are of another type, or do not add up to the tensor's size.
+    """
+    written = 0
+    for block in tensor.blocks():
+        if block.dtype != tensor.codec.storage:
+            raise _wrong_blocks(path, tensor, f"an array of {block.dtype}")
+        written += block.nbytes
+        if written > tensor.nbytes:
+            break
+        yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+    if written != tensor.nbytes:
+        raise _wrong_blocks(path, tensor, f"{written:,} bytes")
+
+
+def _wrong_blocks(path: Path, tensor: PlannedTensor, got: str) -> FormatError:
+    return FormatError(
+        f"{path}: the blocks of {tensor.name} do not make up the tensor",
+        got=got,
+        expected=f"{tensor.codec.storage} {list(tensor.shape)}, {tensor.nbytes:,} bytes",
+    )
+
+
 def map_file(path: Path) -> mmap.mmap:
     """A read-only memory map of a whole regular file.
 

@@ -21,7 +21,13 @@ from typing import Any
 
 import numpy as np
 
-from earnest.checkpoint.containers.base import PlannedTensor, StoredFile, map_file, mapped_tensor
+from earnest.checkpoint.containers.base import (
+    PlannedTensor,
+    StoredFile,
+    map_file,
+    mapped_tensor,
+    stream,
+)
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.codecs import Codec, from_safetensors, to_safetensors
 from earnest.errors import FormatError, TensorsError
@@ -315,24 +321,11 @@ def write_shard(
     with staged_file(path) as file:
         file.write(head)
         for tensor in ordered:
-            before = done
-            for block in tensor.blocks():
-                if block.dtype != tensor.codec.storage:
-                    raise _wrong_blocks(path, tensor, f"an array of {block.dtype}")
-                file.write(np.ascontiguousarray(block).reshape(-1).view(np.uint8).data)
+            for block in stream(path, tensor):
+                file.write(block)
                 done += block.nbytes
-                progress(min(done, total), total, tensor.name)
-            if done - before != tensor.nbytes:
-                raise _wrong_blocks(path, tensor, f"{done - before:,} bytes")
+                progress(done, total, tensor.name)
     progress(total, total, path.name)
-
-
-def _wrong_blocks(path: Path, tensor: PlannedTensor, got: str) -> FormatError:
-    return FormatError(
-        f"{path}: the blocks of {tensor.name} do not make up the tensor",
-        got=got,
-        expected=f"{tensor.codec.storage} {list(tensor.shape)}, {tensor.nbytes:,} bytes",
-    )
 
 
 def _encode_header(

@@ -1,0 +1,70 @@
+"""`earnest quantize`: smaller weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from earnest import hub
+from earnest.checkpoint import open_checkpoint
+from earnest.cli.terminal import (
+    allow_bias_option,
+    force_option,
+    human_bytes,
+    json_option,
+    notice,
+    out,
+    print_json,
+    progress_bar,
+)
+from earnest.quantize import RECIPES, quantize
+
+EPILOG = """\b
+Examples:
+  earnest quantize ./ERNIE-4.5-21B-A3B-PT ernie-21b.gguf --codec q4_k_m
+  earnest quantize smollm2 small.gguf --codec q8_0
+"""
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("source", metavar="SRC")
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+@click.option(
+    "--codec",
+    type=click.Choice(list(RECIPES)),
+    required=True,
+    help="The mix of block types; _m puts more bits where they matter.",
+)
+@force_option
+@allow_bias_option
+@json_option
+def command(
+    source: str,
+    destination: Path,
+    codec: str,
+    force: bool,
+    allow_missing_correction_bias: bool,
+    as_json: bool,
+) -> None:
+    """Write the checkpoint SRC (any layout Earnest opens) as DST, a .gguf file of smaller weights.
+
+    Router, norms and correction bias are never quantised. Weights stream from file to file on all
+    cores: memory stays under 2 GB whatever the size. DST appears when it is complete; an
+    interrupted run is continued by the same command.
+    """
+    with progress_bar("quantising") as progress:
+        path = hub.locate(source, progress=progress, notice=notice)
+        checkpoint = open_checkpoint(
+            path, allow_missing_correction_bias=allow_missing_correction_bias
+        )
+        report = quantize(checkpoint, destination, codec, force=force, progress=progress)
+    if as_json:
+        print_json(report.to_dict())
+        return
+    out.print(
+        f"wrote {destination}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
+        markup=False,
+    )
+    for note in report.notes:
+        notice(note)

@@ -1,0 +1,85 @@
+"""`quantize`: any checkpoint as a GGUF file of smaller weights.
+
+Streaming, staged and resumable as every export; see `checkpoint.export`. Tensors that are stored in
+the wanted type already are copied, not decoded.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+from earnest.checkpoint import Checkpoint
+from earnest.checkpoint.export import keeping_float32, write_gguf
+from earnest.checkpoint.lazy import LazyTensor
+from earnest.checkpoint.names import StoredTensor
+from earnest.checkpoint.writer import WriteReport
+from earnest.codecs.base import Codec
+from earnest.log import Progress, silent
+from earnest.quantize.recipe import Recipe, fitting, recipe
+
+
+def quantize(
+    source: Checkpoint,
+    destination: Path,
+    codec: str,
+    *,
+    force: bool = False,
+    progress: Progress = silent,
+) -> WriteReport:
+    """Write `source` as the GGUF file `destination` with the types of a recipe.
+
+    Args:
+        source: an opened checkpoint of any container and dialect.
+        destination: a name that ends in `.gguf`; the file appears when it is complete, and an
+            interrupted run is taken up again by the same call.
+        codec: name of a recipe, a key of `RECIPES`.
+        force: replace a destination that exists.
+        progress: told about bytes written.
+
+    Raises:
+        UserError: there is no such recipe, or the destination exists or overlaps with the source.
+        FormatError: weights are not finite, or beyond the range of the type; names the tensor.
+        ConfigError: GGUF has no way to describe the model.
+        TensorsError: a tensor is missing.
+        DiskFullError, AccessError, MachineError: it cannot be written; nothing is at the
+            destination.
+    """
+    mix = recipe(codec)
+    substitutes = _Substitutes(mix, source)
+    report = write_gguf(
+        source,
+        destination,
+        keeping_float32(source, substitutes.choose),
+        label=mix.name,
+        force=force,
+        progress=progress,
+    )
+    return replace(report, notes=(*report.notes, *substitutes.notes()))
+
+
+class _Substitutes:
+    """Chooses codecs, and remembers where the rows of a tensor cannot have the wanted one."""
+
+    def __init__(self, mix: Recipe, source: Checkpoint) -> None:
+        self._mix, self._config = mix, source.config
+        self._found: Counter[tuple[str, str, int]] = Counter()
+
+    def choose(self, target: StoredTensor, tensor: LazyTensor) -> Codec:
+        config, columns = self._config, tensor.shape[-1]
+        wanted = self._mix.wanted(
+            tensor.name, config.num_hidden_layers, tied=config.tie_word_embeddings
+        )
+        codec = fitting(wanted, columns)
+        if codec.name != wanted:
+            self._found[wanted, codec.name, columns] += 1
+        return codec
+
+    def notes(self) -> Iterator[str]:
+        for (wanted, codec, columns), count in self._found.items():
+            yield (
+                f"{count:,} tensors have rows of {columns:,} weights, which {wanted} blocks do not "
+                f"divide; they were stored as {codec}"
+            )
