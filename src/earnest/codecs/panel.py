@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import TypeAlias
 
 import numpy as np
-import numpy.typing as npt
 
 from earnest.codecs.base import Codec, Raw
 from earnest.codecs.bits import Bytes
