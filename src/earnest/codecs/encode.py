@@ -21,6 +21,7 @@ from earnest.errors import FormatError
 # Weights encoded at a time: the handful of arrays a search works on then stay in a core's own
 # cache, and numpy's cost of a call is still small beside the work of one.
 _CHUNK_WEIGHTS = 2**16
+_LANES = 16  # float32 numbers in the widest vector register
 
 Columns = npt.NDArray[np.uint8]
 Fit = Callable[[Float32], Columns]
@@ -53,7 +54,11 @@ def _encode(x: Float32, codec: Codec, fit: Fit, largest: float) -> Raw:
     for start in range(0, len(blocks), step):
         part = blocks[start : start + step]
         _check(part, codec.name, largest)
-        out[start : start + step] = fit(np.ascontiguousarray(part.T)).T
+        # numpy may add up in another order, or with other rounding, at the end of a row that fills
+        # no vector register, or when a row is a single number.
+        columns = np.zeros((codec.block_weights, -(-len(part) // _LANES) * _LANES), np.float32)
+        columns[:, : len(part)] = part.T
+        out[start : start + step] = fit(columns)[:, : len(part)].T
     return out.reshape(*x.shape[:-1], codec.row_bytes(x.shape[-1]))
 
 

@@ -5,12 +5,24 @@ Each maps weights float32 `[32, N]` (blocks side by side) to bytes `[block bytes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
-import numpy.typing as npt
 
 from earnest.codecs.base import Float32
 from earnest.codecs.bits import Bytes
-from earnest.codecs.encode_search import fit_line, fit_scale, half, levels, over_weights
+from earnest.codecs.encode_search import (
+    LINES_OF_FIVE_BITS,
+    LINES_OF_FOUR_BITS,
+    SCALES_OF_EIGHT_BITS,
+    SCALES_OF_FIVE_BITS,
+    SCALES_OF_FOUR_BITS,
+    fit_line,
+    fit_scale,
+    half,
+    levels,
+    over_weights,
+)
 
 _HALF_MAX = 65504.0
 
@@ -37,54 +49,53 @@ def _fifth_bits(q: Bytes) -> Bytes:
 
 
 def _scaled(
-    x_WN: Float32, low: int, high: int, candidates: npt.ArrayLike, rounds: int
+    x_WN: Float32, low: int, high: int, candidates: Sequence[float], rounds: int
 ) -> tuple[Bytes, Float32]:
     """The bytes of the scales, and the whole numbers `[32, N]`."""
     x_SWN = x_WN[None]
-    d_SN = half(fit_scale(x_SWN, low, high, np.asarray(candidates).tolist(), rounds))
+    d_SN = half(fit_scale(x_SWN, low, high, candidates, rounds))
     return half_bytes(d_SN[0]), levels(x_SWN, d_SN, low, high)[0]
 
 
-def _lined(x_WN: Float32, high: int, candidates: npt.ArrayLike) -> tuple[Bytes, Bytes]:
+def _lined(
+    x_WN: Float32, high: int, candidates: Sequence[tuple[float, float]]
+) -> tuple[Bytes, Bytes]:
     """The bytes of scales and offsets, and the whole numbers `[32, N]`."""
     x_SWN = x_WN[None]
-    d_SN, m_SN = fit_line(x_SWN, high, np.asarray(candidates).tolist(), 2, below_zero=False)
-    d_SN, m_SN = half(d_SN), half(m_SN)
+    d_SN, m_SN = fit_line(x_SWN, high, candidates, 2, below_zero=False)
+    # The offset makes up for what the rounding of the scale has moved.
+    d_SN = half(d_SN)
     q_SWN = levels(x_SWN - over_weights(m_SN), d_SN, 0, high)
+    m_SN = half((x_SWN - q_SWN * over_weights(d_SN)).mean(axis=1))
+    levels(x_SWN - over_weights(m_SN), d_SN, 0, high, out=q_SWN)
     head = np.concatenate([half_bytes(d_SN[0]), half_bytes(m_SN[0])])
     return head, q_SWN[0].astype(np.uint8)
 
 
-# The range of these formats is one longer below zero than above. The largest weight goes to either
-# end, and somewhat beyond, where it is clipped.
-_FOUR_BITS = [-8, -8.4, -8.8, -7.6, -9.2, 7, 7.4, 7.8]
-_FIVE_BITS = [-16, -16.4, -16.8, -15.6, -17.2, -15.2, -17.6, -14.8, 15, 15.4, 15.8, 16.2, 14.6]
-
-
 def _q4_0(x_WN: Float32) -> Bytes:
-    d, q_WN = _scaled(x_WN, -8, 7, _FOUR_BITS, 2)
+    d, q_WN = _scaled(x_WN, -8, 7, SCALES_OF_FOUR_BITS, 2)
     return np.concatenate([d, _nibbles((q_WN + 8).astype(np.uint8))])
 
 
 def _q5_0(x_WN: Float32) -> Bytes:
-    d, q_WN = _scaled(x_WN, -16, 15, _FIVE_BITS, 2)
+    d, q_WN = _scaled(x_WN, -16, 15, SCALES_OF_FIVE_BITS, 2)
     q = (q_WN + 16).astype(np.uint8)
     return np.concatenate([d, _fifth_bits(q), _nibbles(q & np.uint8(15))])
 
 
 def _q4_1(x_WN: Float32) -> Bytes:
-    head, q = _lined(x_WN, 15, np.linspace(14.2, 17.0, 8))
+    head, q = _lined(x_WN, 15, LINES_OF_FOUR_BITS)
     return np.concatenate([head, _nibbles(q)])
 
 
 def _q5_1(x_WN: Float32) -> Bytes:
-    head, q = _lined(x_WN, 31, np.linspace(29.8, 33.4, 10))
+    head, q = _lined(x_WN, 31, LINES_OF_FIVE_BITS)
     return np.concatenate([head, _fifth_bits(q), _nibbles(q & np.uint8(15))])
 
 
 # -128 is left out by convention: kernels may negate a weight within its byte.
 def _q8_0(x_WN: Float32) -> Bytes:
-    d, q_WN = _scaled(x_WN, -127, 127, np.linspace(127.4, 121.4, 16), 1)
+    d, q_WN = _scaled(x_WN, -127, 127, SCALES_OF_EIGHT_BITS, 1)
     return np.concatenate([d, q_WN.astype(np.int8).view(np.uint8)])
 
 

@@ -8,12 +8,27 @@ block's numbers with the runs' held.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
+import numpy.typing as npt
 
 from earnest.codecs.base import Float32
 from earnest.codecs.bits import Bytes
 from earnest.codecs.encode_blocks import half_bytes, join_planes
-from earnest.codecs.encode_search import dot, fit_line, fit_scale, half, levels, over_weights, ratio
+from earnest.codecs.encode_search import (
+    LINES_OF_FIVE_BITS,
+    LINES_OF_FOUR_BITS,
+    SCALES_OF_SIX_BITS,
+    dot,
+    fit_line,
+    fit_scale,
+    half,
+    half_up,
+    levels,
+    over_weights,
+    ratio,
+)
 
 _HALF_MAX = 65504.0
 _ROUNDS = 2
@@ -24,7 +39,7 @@ def _whole(x_SN: Float32, low: int, high: int) -> Float32:
 
 
 def _lined_runs(
-    x_SWN: Float32, high: int, most: int, candidates: list[float]
+    x_SWN: Float32, high: int, most: int, candidates: Sequence[tuple[float, float]]
 ) -> tuple[Float32, Float32, Float32, Float32, Float32]:
     """Fit `x ~ d s q - m t` with whole `0 <= q <= high` and `0 <= s, t <= most`.
 
@@ -33,8 +48,8 @@ def _lined_runs(
     """
     scale_SN, offset_SN = fit_line(x_SWN, high, candidates, 1, below_zero=True)
     below_SN = -offset_SN
-    d_N = half(scale_SN.max(axis=0) / np.float32(most))
-    m_N = half(below_SN.max(axis=0) / np.float32(most))
+    d_N = half_up(scale_SN.max(axis=0) / np.float32(most))
+    m_N = half_up(below_SN.max(axis=0) / np.float32(most))
     t_SN = _whole(ratio(below_SN, np.broadcast_to(m_N, below_SN.shape)), 0, most)
     q_SWN = np.empty_like(x_SWN)
     for _ in range(_ROUNDS):
@@ -43,19 +58,19 @@ def _lined_runs(
         scale_SN = ratio(dot(lifted_SWN, q_SWN), dot(q_SWN, q_SWN))
         s_SN = _whole(ratio(scale_SN, np.broadcast_to(d_N, scale_SN.shape)), 0, most)
         levels(lifted_SWN, d_N * s_SN, 0, high, out=q_SWN)
-        d_N, m_N = _refit(x_SWN, q_SWN, s_SN, t_SN, d_N, m_N)
+        d_new, m_new = _refit(x_SWN, q_SWN, s_SN, t_SN)
         # With q and s held, the offset of a run is a mean.
-        rest_SN = (d_N * s_SN) * q_SWN.sum(axis=1) - x_SWN.sum(axis=1)
+        rest_SN = (d_new * s_SN) * q_SWN.sum(axis=1) - x_SWN.sum(axis=1)
         below_SN = rest_SN / np.float32(x_SWN.shape[1])
+        fits_N = _in_range(scale_SN, d_new, 0, most) & _in_range(below_SN, m_new, -most, most)
+        d_N, m_N = np.where(fits_N, d_new, d_N), np.where(fits_N, m_new, m_N)
         t_SN = _whole(ratio(below_SN, np.broadcast_to(m_N, below_SN.shape)), 0, most)
         scale_SN = d_N * s_SN
     levels(x_SWN + over_weights(m_N * t_SN), d_N * s_SN, 0, high, out=q_SWN)
     return d_N, m_N, s_SN, t_SN, q_SWN
 
 
-def _refit(
-    x_SWN: Float32, q_SWN: Float32, s_SN: Float32, t_SN: Float32, d_N: Float32, m_N: Float32
-) -> tuple[Float32, Float32]:
+def _refit(x_SWN: Float32, q_SWN: Float32, s_SN: Float32, t_SN: Float32) -> tuple[Float32, Float32]:
     """The best d and m of a block for given whole numbers: two linear equations."""
     weights = np.float32(x_SWN.shape[1])
     q_SN, qq_SN = q_SWN.sum(axis=1), dot(q_SWN, q_SWN)
@@ -65,15 +80,21 @@ def _refit(
     bb_N = weights * (t_SN * t_SN).sum(axis=0)
     ax_N, bx_N = (s_SN * xq_SN).sum(axis=0), (t_SN * x_SN).sum(axis=0)
     det_N = aa_N * bb_N - ab_N * ab_N
-    fits_N = det_N > np.float32(1e-4) * aa_N * bb_N
-    d_new = half(ratio(ax_N * bb_N - ab_N * bx_N, det_N))
-    m_new = half(ratio(ab_N * ax_N - aa_N * bx_N, det_N))
-    fits_N &= (d_new > 0) & (m_new >= 0)
-    return np.where(fits_N, d_new, d_N), np.where(fits_N, m_new, m_N)
+    det_N[det_N < np.float32(1e-4) * aa_N * bb_N] = 0  # too close to parallel
+    d_N, m_N = ratio(ax_N * bb_N - ab_N * bx_N, det_N), ratio(ab_N * ax_N - aa_N * bx_N, det_N)
+    return half(d_N), half(m_N)
+
+
+def _in_range(x_SN: Float32, d_N: Float32, least: int, most: int) -> npt.NDArray[np.bool_]:
+    """Whether a block's `d` is usable: not 0, and no run needs a whole number beyond the range by
+    more than rounding."""
+    needed_SN = ratio(x_SN, np.broadcast_to(d_N, x_SN.shape))
+    inside_SN = (needed_SN > least - 0.5) & (needed_SN < most + 0.5)
+    return np.asarray((d_N != 0) & inside_SN.all(axis=0))
 
 
 def _scaled_runs(
-    x_SWN: Float32, low: int, high: int, least: int, most: int, candidates: list[float]
+    x_SWN: Float32, low: int, high: int, least: int, most: int, candidates: Sequence[float]
 ) -> tuple[Float32, Float32, Float32]:
     """Fit `x ~ d s q` with whole `low <= q <= high` and `least <= s <= most`.
 
@@ -84,15 +105,15 @@ def _scaled_runs(
     highest_N, lowest_N = scale_SN.max(axis=0), scale_SN.min(axis=0)
     # The scale of the largest magnitude takes the longer side of the range.
     peak_N = np.where(highest_N > -lowest_N, highest_N, lowest_N)
-    d_N = half(peak_N / np.float32(least))
+    d_N = half_up(peak_N / np.float32(least))
     q_SWN = np.empty_like(x_SWN)
     for _ in range(_ROUNDS):
         s_SN = _whole(ratio(scale_SN, np.broadcast_to(d_N, scale_SN.shape)), least, most)
         levels(x_SWN, d_N * s_SN, low, high, out=q_SWN)
         xq_SN, qq_SN = dot(x_SWN, q_SWN), dot(q_SWN, q_SWN)
         d_new = half(ratio((s_SN * xq_SN).sum(axis=0), (s_SN * s_SN * qq_SN).sum(axis=0)))
-        d_N = np.where(d_new == 0, d_N, d_new)
         scale_SN = ratio(xq_SN, qq_SN)
+        d_N = np.where(_in_range(scale_SN, d_new, least, most), d_new, d_N)
     s_SN = _whole(ratio(scale_SN, np.broadcast_to(d_N, scale_SN.shape)), least, most)
     return d_N, s_SN, levels(x_SWN, d_N * s_SN, low, high, out=q_SWN)
 
@@ -106,19 +127,14 @@ def _head(d_N: Float32, m_N: Float32, s_SN: Float32, t_SN: Float32) -> Bytes:
     return np.concatenate([half_bytes(d_N), half_bytes(m_N), a, b, c])
 
 
-_FOUR_BITS = np.linspace(14.0, 17.2, 9).tolist()
-_FIVE_BITS = np.linspace(29.8, 33.4, 10).tolist()
-_SIX_BITS = [*np.linspace(-30.5, -33.5, 9).tolist(), *np.linspace(30.0, 32.5, 6).tolist()]
-
-
 def _q4_k(x_WN: Float32) -> Bytes:
-    d_N, m_N, s_SN, t_SN, q_SWN = _lined_runs(_runs(x_WN, 8), 15, 63, _FOUR_BITS)
+    d_N, m_N, s_SN, t_SN, q_SWN = _lined_runs(_runs(x_WN, 8), 15, 63, LINES_OF_FOUR_BITS)
     q = join_planes(q_SWN.astype(np.uint8).reshape(4, 2, 32, -1), 4)
     return np.concatenate([_head(d_N, m_N, s_SN, t_SN), q.reshape(128, -1)])
 
 
 def _q5_k(x_WN: Float32) -> Bytes:
-    d_N, m_N, s_SN, t_SN, q_SWN = _lined_runs(_runs(x_WN, 8), 31, 63, _FIVE_BITS)
+    d_N, m_N, s_SN, t_SN, q_SWN = _lined_runs(_runs(x_WN, 8), 31, 63, LINES_OF_FIVE_BITS)
     q = q_SWN.astype(np.uint8)
     low = join_planes((q & np.uint8(15)).reshape(4, 2, 32, -1), 4)
     high = join_planes(q >> np.uint8(4), 1)
@@ -126,7 +142,7 @@ def _q5_k(x_WN: Float32) -> Bytes:
 
 
 def _q6_k(x_WN: Float32) -> Bytes:
-    d_N, s_SN, q_SWN = _scaled_runs(_runs(x_WN, 16), -32, 31, -128, 127, _SIX_BITS)
+    d_N, s_SN, q_SWN = _scaled_runs(_runs(x_WN, 16), -32, 31, -128, 127, SCALES_OF_SIX_BITS)
     q = (q_SWN + 32).astype(np.uint8)
     low = join_planes((q & np.uint8(15)).reshape(2, 2, 64, -1), 4)
     high = join_planes((q >> np.uint8(4)).reshape(2, 4, 32, -1), 2)
