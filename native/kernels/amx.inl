@@ -1,0 +1,239 @@
+// Matrix products of many tokens with AMX tiles: 16 tokens x 16 rows x 32 columns at a time, from
+// the same panels, the same integers and the same order of float32 operations as matmul.inl, so
+// that prefill equals decode bit for bit.
+//
+// The tokens of a call are staged once (16 together: integers, scales), each panel is expanded once
+// to signed bytes. A block's 16 x 16 exact sums leave the tile for the 16 float accumulators, which
+// stay in registers: per 8192 products 16 cycles of the tile unit and about 24 of the vector units
+// (convert, multiply, fma for 16 rows), which is what bounds this kernel: a scale per 32 columns
+// keeps it below half of the tiles' own peak. Never executed on hardware; see docs/isa.md.
+#pragma once
+
+#include "kernels/panel_codecs.inl"
+#include "kernels/tiles.h"
+
+namespace earnest {
+namespace {
+
+// From this many tokens on; below, a tile's rows would be mostly empty.
+constexpr int64_t kTileTokens = 8;
+constexpr int64_t kStagedBytesMax = 2 * 512 + 128;
+
+int64_t tileScratchBytes(int64_t columns, int64_t tokens) {
+  return (tokens + 15) / 16 * (columns / kBlock) * kStagedBytesMax;
+}
+
+// 16 tokens x 32 columns: integers [plane][token][32], then scales [token], scaled sums [token].
+template <int P>
+struct Staged {
+  int8_t values[P][16][32];
+  float scale[16];
+  float scaled_sum[16];
+};
+
+EARNEST_INLINE int64_t rowOf(const Activations& x, int64_t token) {
+  if (token >= x.tokens) token = x.tokens - 1;  // a partly filled tile repeats the last token
+  return x.select ? x.select[token] : token;
+}
+
+template <int P>
+void stage(const Activations& x, Staged<P>* out) {
+  const int64_t blocks = x.columns / kBlock;
+  for (int64_t begin = 0; begin < x.tokens; begin += 16, out += blocks)
+    for (int t = 0; t < 16; ++t) {
+      const int64_t row = rowOf(x, begin + t);
+      const int8_t* values = x.values + row * x.columns * P;
+      const ActivationBlock* heads = x.blocks + row * blocks;
+      for (int64_t b = 0; b < blocks; ++b) {
+        for (int p = 0; p < P; ++p)
+          __builtin_memcpy(out[b].values[p][t], values + (b * P + p) * 32, 32);
+        out[b].scale[t] = heads[b].scale;
+        out[b].scaled_sum[t] = heads[b].scaled_sum;
+      }
+    }
+}
+
+// As `Expanded`, but the weights are q - offset, signed.
+template <class C>
+void expandSigned(const uint8_t* panel, int64_t blocks, uint8_t* out) {
+  using E = Expanded<C>;
+  expand<C>(panel, blocks, out);
+  if constexpr (C::kOffset != 0) {
+    const __m512i offset = _mm512_set1_epi8(static_cast<int8_t>(C::kOffset));
+    for (int64_t b = 0; b < blocks; ++b)
+      for (int g = 0; g < 8; ++g) {
+        uint8_t* p = out + b * E::kBytes + E::kHeadBytes + 64 * g;
+        Vec::storeB(p, _mm512_sub_epi8(Vec::loadB(p), offset));
+      }
+  }
+}
+
+// One panel x 16 tokens. Tiles: 0-3 sums (two blocks in flight x two planes), 4-5 activations,
+// 6-7 weights.
+template <class C, int P>
+__attribute__((noinline)) void tilePanel(const uint8_t* w, const Staged<P>* x, int64_t blocks,
+                                         __m512* result) {
+  using E = Expanded<C>;
+  constexpr int kColumns = 32 / C::kParts;
+  alignas(64) int32_t sums[2][C::kParts][P][16][16];
+  __m512 acc[16];
+  for (int t = 0; t < 16; ++t) acc[t] = _mm512_setzero_ps();
+
+  auto multiply = [&](auto slot, int64_t b) EARNEST_INLINE_LAMBDA {
+    const uint8_t* weights = w + b * E::kBytes + E::kHeadBytes;
+    unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
+      constexpr int kWeights = 6 + slot.value;
+      tileLoad<kWeights>(weights + 512 / C::kParts * part.value, 64);
+      unroll<0, P>([&](auto p) EARNEST_INLINE_LAMBDA {
+        constexpr int kSums = 2 * slot.value + p.value, kValues = 4 + slot.value;
+        tileZero<kSums>();
+        tileLoad<kValues>(&x[b].values[p.value][0][kColumns * part.value], 32);
+        tileBytes<kSums, kValues, kWeights>();
+        tileStore<kSums>(sums[slot.value][part.value][p.value], 64);
+      });
+    });
+  };
+  auto accumulate = [&](auto slot, int64_t b) EARNEST_INLINE_LAMBDA {
+    typename E::Head head;
+    head.load(w + b * E::kBytes);
+    unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
+      const __m512 scale = head.scale(0, part.value);
+      unroll<0, 16>([&](auto t) EARNEST_INLINE_LAMBDA {
+        const auto& sum = sums[slot.value][part.value];
+        __m512i total = _mm512_load_si512(sum[0][t.value]);
+        if constexpr (P == 2)
+          total = Vec::addI(Vec::shift7(total), _mm512_load_si512(sum[P - 1][t.value]));
+        const __m512 both = Vec::mul(scale, Vec::set1(x[b].scale[t.value]));
+        acc[t.value] = Vec::fma(Vec::toFloat(total), both, acc[t.value]);
+      });
+    });
+    if constexpr (C::kMin) {
+      const __m512 minimum = head.minimum(0);
+      unroll<0, 16>([&](auto t) EARNEST_INLINE_LAMBDA {
+        acc[t.value] = Vec::fma(minimum, Vec::set1(x[b].scaled_sum[t.value]), acc[t.value]);
+      });
+    }
+  };
+
+  int64_t b = 0;
+  for (; b + 2 <= blocks; b += 2) {
+    multiply(Index<0>{}, b);
+    multiply(Index<1>{}, b + 1);
+    accumulate(Index<0>{}, b);
+    accumulate(Index<1>{}, b + 1);
+  }
+  if (b < blocks) {
+    multiply(Index<0>{}, b);
+    accumulate(Index<0>{}, b);
+  }
+  for (int t = 0; t < 16; ++t) result[t] = acc[t];
+}
+
+EARNEST_INLINE void storeTokens(const Matmul& m, int64_t panel, int64_t begin,
+                                const __m512* result) {
+  for (int64_t t = 0; t < 16 && begin + t < m.x.tokens; ++t) {
+    const int64_t left = m.rows - panel * kPanelRows;
+    const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+    float* out = m.out + (begin + t) * m.out_stride + panel * kPanelRows;
+    _mm512_mask_storeu_ps(out, mask, result[t]);
+  }
+}
+
+template <class C, int P>
+void matmulTiles(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  const int64_t blocks = m.columns / kBlock;
+  uint8_t* expanded = static_cast<uint8_t*>(scratch);
+  auto* staged = reinterpret_cast<Staged<P>*>(expanded + blocks * kExpandedBytesMax);
+  stage<P>(m.x, staged);
+
+  TileConfig config;
+  for (int i = 0; i < 4; ++i) config.rows[i] = 16, config.columns[i] = 64;
+  for (int i = 4; i < 6; ++i) config.rows[i] = 16, config.columns[i] = 32 / C::kParts;
+  for (int i = 6; i < 8; ++i) config.rows[i] = 8 / C::kParts, config.columns[i] = 64;
+  tileConfigure(config);
+  for (int64_t p = begin; p < end; ++p) {
+    expandSigned<C>(m.panels + p * (blocks / C::kRuns * C::kBytes), blocks, expanded);
+    for (int64_t t = 0; t < m.x.tokens; t += 16) {
+      __m512 result[16];
+      tilePanel<C, P>(expanded, staged + t / 16 * blocks, blocks, result);
+      storeTokens(m, p, t, result);
+    }
+  }
+  tileRelease();
+}
+
+// bf16: the panel's own bytes are the tile. Two panels x two groups of 16 tokens, all of K inside
+// the tiles: the instruction's order of sums is the one that matmul.inl spells out.
+void matmulBf16Tiles(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  const int64_t blocks = m.columns / kBlock, groups = (m.x.tokens + 15) / 16;
+  uint16_t* staged = static_cast<uint16_t*>(scratch);  // [group][block][16][32]
+  for (int64_t g = 0; g < groups; ++g)
+    for (int t = 0; t < 16; ++t) {
+      const float* x = m.x.floats + rowOf(m.x, 16 * g + t) * m.columns;
+      for (int64_t b = 0; b < blocks; ++b) {
+        uint16_t* out = staged + ((g * blocks + b) * 16 + t) * 32;
+        for (int i = 0; i < 32; ++i) {
+          uint32_t bits;
+          __builtin_memcpy(&bits, x + 32 * b + i, 4);
+          out[i] = static_cast<uint16_t>(bits >> 16);  // `prepare` has rounded
+        }
+      }
+    }
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.rows[i] = 16, config.columns[i] = 64;
+  tileConfigure(config);
+  const int64_t bytes = blocks * 1024;
+  for (int64_t p = begin; p < end; p += 2) {
+    const int64_t q = p + 1 < end ? p + 1 : p;
+    const uint8_t *w0 = m.panels + p * bytes, *w1 = m.panels + q * bytes;
+    for (int64_t g = 0; g < groups; g += 2) {
+      const int64_t h = g + 1 < groups ? g + 1 : g;
+      const uint16_t *x0 = staged + g * blocks * 512, *x1 = staged + h * blocks * 512;
+      tileZero<0>(), tileZero<1>(), tileZero<2>(), tileZero<3>();
+      for (int64_t b = 0; b < blocks; ++b) {
+        tileLoad<4>(x0 + b * 512, 64);
+        tileLoad<6>(w0 + b * 1024, 64);
+        tileLoad<7>(w1 + b * 1024, 64);
+        tileBf16<0, 4, 6>();
+        tileBf16<1, 4, 7>();
+        tileLoad<5>(x1 + b * 512, 64);
+        tileBf16<2, 5, 6>();
+        tileBf16<3, 5, 7>();
+      }
+      alignas(64) __m512 result[4][16];
+      tileStore<0>(result[0], 64);
+      tileStore<1>(result[1], 64);
+      tileStore<2>(result[2], 64);
+      tileStore<3>(result[3], 64);
+      storeTokens(m, p, 16 * g, result[0]);
+      storeTokens(m, q, 16 * g, result[1]);
+      storeTokens(m, p, 16 * h, result[2]);
+      storeTokens(m, q, 16 * h, result[3]);
+    }
+  }
+  tileRelease();
+}
+
+uint64_t peakTiles(uint64_t rounds) {
+  alignas(64) uint8_t bytes[1024];
+  for (int i = 0; i < 1024; ++i) bytes[i] = static_cast<uint8_t>(i & 15);
+  TileConfig config;
+  for (int i = 0; i < 8; ++i) config.rows[i] = 16, config.columns[i] = 64;
+  tileConfigure(config);
+  tileLoad<4>(bytes, 64), tileLoad<5>(bytes, 64), tileLoad<6>(bytes, 64), tileLoad<7>(bytes, 64);
+  for (uint64_t i = 0; i < rounds; ++i) {
+    tileBytes<0, 4, 6>();
+    tileBytes<1, 4, 7>();
+    tileBytes<2, 5, 6>();
+    tileBytes<3, 5, 7>();
+  }
+  alignas(64) int32_t out[16][16];
+  tileStore<0>(out, 64);
+  volatile int32_t sink = out[0][0];
+  (void)sink;
+  tileRelease();
+  return rounds * 4 * 16 * 16 * 64 * 2;
+}
+
+}  // namespace
+}  // namespace earnest

@@ -1,0 +1,305 @@
+// Matrix products from panels, over the vector traits. Decode and prefill share one body and one
+// order of float32 operations, so a row's result does not depend on how many rows came with it.
+//
+// Integer codecs, for output row n and token t, with b running over the blocks of 32 columns and p
+// over the parts of a block that have a scale of their own (one, or two of 16 columns):
+//   acc = 0
+//   for b: for p: acc = fma(float(sum_k (q - offset) v), scale_w[n,b,p] * scale_x[t,b], acc)
+//          if minima: acc = fma(minimum[n,b], scale_x[t,b] * float(sum_k v), acc)
+// The integer sum is exact in int32: q - offset has at most 9 bits with its sign, v 15, and 32
+// products are summed: 2^8 * 2^14 * 2^5 = 2^27.
+//
+// Plain codecs: in a block of 32 columns even and odd columns are summed apart, in order, with fma
+// (the order of tdpbf16ps); then acc = acc + (even + odd).
+#pragma once
+
+#if EARNEST_AMX
+#include "kernels/amx.inl"
+#else
+#include "kernels/panel_codecs.inl"
+#endif
+
+namespace earnest {
+namespace {
+
+constexpr int R = Vec::kPanels;
+
+// Where the values of T tokens lie. Tokens beyond those wanted repeat the last: the same result is
+// written to the same place again, which is cheaper than a kernel for every count.
+template <int T>
+struct Rows {
+  const int8_t* values[T];
+  const ActivationBlock* blocks[T];
+  float* out[T];
+};
+
+// The 16 results of a panel, of which `count` are rows of the matrix.
+EARNEST_INLINE void storeRows(float* out, Vec::F x, int64_t count) {
+  if (count >= kPanelRows) {
+    Vec::store(out, x);
+  } else {
+    float all[16];
+    Vec::store(all, x);
+    for (int64_t i = 0; i < count; ++i) out[i] = all[i];
+  }
+}
+
+struct Columns {
+  int64_t at[R];     // first output row of each panel
+  int64_t count[R];  // rows of the matrix in it
+};
+
+// R panels x T tokens, all of K. P planes of activations. Never inlined: a compiler that put all
+// tiles into one function would take minutes over it.
+template <class C, int T, int P>
+__attribute__((noinline)) void tile(const uint8_t* const (&panels)[R], int64_t blocks, const Rows<T>& x,
+          const Columns& columns) {
+  Vec::F acc[R][T];
+  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+    unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA { acc[r.value][t.value] = Vec::zero(); });
+  });
+  const uint8_t* w[R];
+  for (int r = 0; r < R; ++r) w[r] = panels[r];
+  for (int64_t b = 0; b < blocks; b += C::kRuns) {
+    typename C::Head head[R];
+    unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA { head[r.value].load(w[r.value]); });
+    for (int run = 0; run < C::kRuns; ++run) {
+      const int64_t at = b + run;
+      unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
+        constexpr int kPairs = 4 / C::kParts;
+        typename Vec::template Sum<C::kMax, C::kSigned> sum[R][T][P];
+        unroll<0, kPairs>([&](auto i) EARNEST_INLINE_LAMBDA {
+          constexpr int j = part.value * kPairs + i.value;
+          Vec::B even[R], odd[R];
+          unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+            C::template pair<j>(C::weights(w[r.value], run), even[r.value], odd[r.value]);
+          });
+          unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+            unroll<0, P>([&](auto p) EARNEST_INLINE_LAMBDA {
+              const int8_t* v = x.values[t.value] + at * (32 * P) + 32 * p.value + 8 * j;
+              const Vec::A first = Vec::broadcast(v), second = Vec::broadcast(v + 4);
+              unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+                auto& s = sum[r.value][t.value][p.value];
+                s.template add<2 * i.value>(even[r.value], first);
+                s.template add<2 * i.value + 1>(odd[r.value], second);
+              });
+            });
+          });
+        });
+        Vec::F scale[R];
+        unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+          scale[r.value] = head[r.value].scale(run, part.value);
+        });
+        unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+          const ActivationBlock& block = x.blocks[t.value][at];
+          const Vec::F scale_x = Vec::set1(block.scale);
+          Vec::I offset;
+          if constexpr (C::kOffset != 0) {
+            int32_t of = block.sum;
+            if constexpr (C::kParts == 2) of = part.value ? of - block.sum_first : block.sum_first;
+            offset = Vec::set1I(-C::kOffset * of);
+          }
+          unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+            auto& s = sum[r.value][t.value];
+            Vec::I total = s[0].total();
+            if constexpr (P == 2) total = Vec::addI(Vec::shift7(total), s[P - 1].total());
+            if constexpr (C::kOffset != 0) total = Vec::addI(total, offset);
+            Vec::F& a = acc[r.value][t.value];
+            a = Vec::fma(Vec::toFloat(total), Vec::mul(scale[r.value], scale_x), a);
+          });
+        });
+      });
+      if constexpr (C::kMin) {
+        unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+          const Vec::F minimum = head[r.value].minimum(run);
+          unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+            const Vec::F sum = Vec::set1(x.blocks[t.value][at].scaled_sum);
+            Vec::F& a = acc[r.value][t.value];
+            a = Vec::fma(minimum, sum, a);
+          });
+        });
+      }
+    }
+    for (int r = 0; r < R; ++r) w[r] += C::kBytes;
+  }
+  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+    unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+      storeRows(x.out[t.value] + columns.at[r.value], acc[r.value][t.value],
+                columns.count[r.value]);
+    });
+  });
+}
+
+// Rows [begin, begin + T) of the tokens, the last one repeated.
+template <int T>
+Rows<T> rowsFrom(const Matmul& m, int64_t begin) {
+  Rows<T> rows;
+  const int64_t blocks = m.columns / kBlock, bytes = blocks * kBlock * m.x.planes;
+  for (int t = 0; t < T; ++t) {
+    const int64_t token = begin + t < m.x.tokens ? begin + t : m.x.tokens - 1;
+    const int64_t row = m.x.select ? m.x.select[token] : token;
+    rows.values[t] = m.x.values + row * bytes;
+    rows.blocks[t] = m.x.blocks + row * blocks;
+    rows.out[t] = m.out + token * m.out_stride;
+  }
+  return rows;
+}
+
+// Panels [p, p + R), the last one of the matrix's part repeated.
+Columns columnsFrom(const Matmul& m, int64_t p, int64_t end, int64_t (&panels)[R]) {
+  Columns columns;
+  for (int r = 0; r < R; ++r) {
+    panels[r] = p + r < end ? p + r : end - 1;
+    columns.at[r] = panels[r] * kPanelRows;
+    const int64_t left = m.rows - columns.at[r];
+    columns.count[r] = left < kPanelRows ? left : kPanelRows;
+  }
+  return columns;
+}
+
+template <class C, int T, int P>
+EARNEST_INLINE void tilesOfAllTokens(const Matmul& m, const uint8_t* const (&w)[R],
+                                     const Columns& columns) {
+  for (int64_t t = 0; t < m.x.tokens; t += T)
+    tile<C, T, P>(w, m.columns / kBlock, rowsFrom<T>(m, t), columns);
+}
+
+template <class C, int P>
+__attribute__((noinline)) void matmulIntegers(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  constexpr int T = Vec::kTokens;
+  const int64_t blocks = m.columns / kBlock, tokens = m.x.tokens;
+  const int64_t bytes = blocks / C::kRuns * C::kBytes;
+#if EARNEST_AMX
+  if (tokens >= kTileTokens) return matmulTiles<C, P>(m, begin, end, scratch);
+#endif
+  for (int64_t p = begin; p < end; p += R) {
+    int64_t panel[R];
+    const Columns columns = columnsFrom(m, p, end, panel);
+    const uint8_t* w[R];
+    for (int r = 0; r < R; ++r) w[r] = m.panels + panel[r] * bytes;
+    if (tokens == 1) {
+      tilesOfAllTokens<C, 1, P>(m, w, columns);
+    } else if (tokens == 2) {
+      tilesOfAllTokens<C, 2, P>(m, w, columns);
+    } else if (tokens <= T) {
+      tilesOfAllTokens<C, T, P>(m, w, columns);
+    } else {
+      using E = Expanded<C>;
+      uint8_t* expanded = static_cast<uint8_t*>(scratch);
+      const uint8_t* unpacked[R];
+      for (int r = 0; r < R; ++r, expanded += blocks * E::kBytes) {
+        expand<C>(w[r], blocks, expanded);
+        unpacked[r] = expanded;
+      }
+      tilesOfAllTokens<E, T, P>(m, unpacked, columns);
+    }
+  }
+}
+
+template <class C, int T>
+__attribute__((noinline)) void tileFloats(const uint8_t* const (&panels)[R], int64_t blocks, const float* const (&x)[T],
+                float* const (&out)[T], const Columns& columns) {
+  Vec::F acc[R][T];
+  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+    unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA { acc[r.value][t.value] = Vec::zero(); });
+  });
+  for (int64_t b = 0; b < blocks; ++b) {
+    Vec::F even[R][T], odd[R][T];
+    unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+      unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+        even[r.value][t.value] = odd[r.value][t.value] = Vec::zero();
+      });
+    });
+#pragma GCC unroll 4
+    for (int j = 0; j < 16; ++j) {
+      Vec::F w0[R], w1[R];
+      unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+        C::pair(panels[r.value] + b * C::kBytes, j, w0[r.value], w1[r.value]);
+      });
+      unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+        const Vec::F x0 = Vec::set1(x[t.value][32 * b + 2 * j]);
+        const Vec::F x1 = Vec::set1(x[t.value][32 * b + 2 * j + 1]);
+        unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+          even[r.value][t.value] = Vec::fma(w0[r.value], x0, even[r.value][t.value]);
+          odd[r.value][t.value] = Vec::fma(w1[r.value], x1, odd[r.value][t.value]);
+        });
+      });
+    }
+    unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+      unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+        Vec::F& a = acc[r.value][t.value];
+        a = Vec::add(a, Vec::add(even[r.value][t.value], odd[r.value][t.value]));
+      });
+    });
+  }
+  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+    unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
+      storeRows(out[t.value] + columns.at[r.value], acc[r.value][t.value], columns.count[r.value]);
+    });
+  });
+}
+
+template <class C, int T>
+EARNEST_INLINE void floatTiles(const Matmul& m, const uint8_t* const (&w)[R],
+                               const Columns& columns) {
+  for (int64_t begin = 0; begin < m.x.tokens; begin += T) {
+    const float* x[T];
+    float* out[T];
+    for (int t = 0; t < T; ++t) {
+      const int64_t token = begin + t < m.x.tokens ? begin + t : m.x.tokens - 1;
+      x[t] = m.x.floats + (m.x.select ? m.x.select[token] : token) * m.columns;
+      out[t] = m.out + token * m.out_stride;
+    }
+    tileFloats<C, T>(w, m.columns / kBlock, x, out, columns);
+  }
+}
+
+template <class C>
+void matmulFloats(const Matmul& m, int64_t begin, int64_t end) {
+  const int64_t bytes = m.columns / kBlock * C::kBytes;
+  for (int64_t p = begin; p < end; p += R) {
+    int64_t panel[R];
+    const Columns columns = columnsFrom(m, p, end, panel);
+    const uint8_t* w[R];
+    for (int r = 0; r < R; ++r) w[r] = m.panels + panel[r] * bytes;
+    if (m.x.tokens == 1) {
+      floatTiles<C, 1>(m, w, columns);
+    } else {
+      floatTiles<C, Vec::kFloatTokens>(m, w, columns);
+    }
+  }
+}
+
+template <class C>
+EARNEST_INLINE void matmulPlanes(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  if (m.x.planes == kA15) {
+    matmulIntegers<C, 2>(m, begin, end, scratch);
+  } else {
+    matmulIntegers<C, 1>(m, begin, end, scratch);
+  }
+}
+
+void matmul(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  if (m.x.tokens <= 0 || begin >= end) return;
+  switch (m.codec) {
+    case kF32: return matmulFloats<F32>(m, begin, end);
+    case kF16: return matmulFloats<F16>(m, begin, end);
+    case kBf16:
+#if EARNEST_AMX
+      if (m.x.tokens >= kTileTokens) return matmulBf16Tiles(m, begin, end, scratch);
+#endif
+      return matmulFloats<Bf16>(m, begin, end);
+    case kQ8_0: return matmulPlanes<Q8_0>(m, begin, end, scratch);
+    case kQ4_0: return matmulPlanes<Q4_0>(m, begin, end, scratch);
+    case kQ4_1: return matmulPlanes<Q4_1>(m, begin, end, scratch);
+    case kQ5_0: return matmulPlanes<Q5_0>(m, begin, end, scratch);
+    case kQ5_1: return matmulPlanes<Q5_1>(m, begin, end, scratch);
+    case kQ4_K: return matmulPlanes<Q4_K>(m, begin, end, scratch);
+    case kQ5_K: return matmulPlanes<Q5_K>(m, begin, end, scratch);
+    case kQ6_K: return matmulPlanes<Q6_K>(m, begin, end, scratch);
+    default: return;
+  }
+}
+
+}  // namespace
+}  // namespace earnest

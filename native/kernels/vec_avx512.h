@@ -1,0 +1,91 @@
+// Vector traits of the tiers with 512-bit registers and VNNI. See vec_generic.h for the meaning.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <immintrin.h>
+
+namespace earnest {
+namespace {
+
+struct Vec {
+  // 2 panels x 6 tokens: 12 integer and 12 float accumulators, 4 weights, 2 scales of 32 registers.
+  static constexpr int kPanels = 2, kTokens = 6, kFloatTokens = 4;
+  static constexpr int kSignedOffset = 128;  // dpbusd takes unsigned x signed
+
+  using F = __m512;
+  using I = __m512i;
+  using B = __m512i;
+  using A = __m512i;
+
+  static F zero() { return _mm512_setzero_ps(); }
+  static F set1(float x) { return _mm512_set1_ps(x); }
+  static F load(const float* p) { return _mm512_loadu_ps(p); }
+  static void store(float* p, F x) { _mm512_storeu_ps(p, x); }
+  static F add(F a, F b) { return _mm512_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm512_mul_ps(a, b); }
+  static F neg(F a) { return _mm512_xor_ps(a, _mm512_set1_ps(-0.0f)); }
+  static F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
+  static F halves(const uint8_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static F fromBytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static F fromSignedBytes(const uint8_t* p) {
+    return _mm512_cvtepi32_ps(
+        _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+  }
+  static void bf16Pair(const uint8_t* p, F& even, F& odd) {
+    const __m512i pair = _mm512_loadu_si512(p);
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(pair, 16));
+    odd = _mm512_castsi512_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int32_t(0xffff0000))));
+  }
+
+  static I zeroI() { return _mm512_setzero_si512(); }
+  static I set1I(int32_t x) { return _mm512_set1_epi32(x); }
+  static I addI(I a, I b) { return _mm512_add_epi32(a, b); }
+  static I shift7(I a) { return _mm512_slli_epi32(a, 7); }
+  static F toFloat(I a) { return _mm512_cvtepi32_ps(a); }
+
+  static A broadcast(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return _mm512_set1_epi32(four);
+  }
+
+  static B loadB(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static void storeB(uint8_t* p, B b) { _mm512_storeu_si512(p, b); }
+  static B lowNibbles(B b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
+  static B highNibbles(B b) {
+    return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15));
+  }
+  static B flipSign(B b) { return _mm512_xor_si512(b, _mm512_set1_epi8(int8_t(0x80))); }
+  template <int kAt, int kWidth>
+  static B withHigh(B b, B h) {
+    const B mask = _mm512_set1_epi8(((1 << kWidth) - 1) << 4);
+    B moved = h;
+    if constexpr (kAt < 4) moved = _mm512_slli_epi16(h, 4 - kAt);
+    if constexpr (kAt > 4) moved = _mm512_srli_epi16(h, kAt - 4);
+    return _mm512_ternarylogic_epi32(b, moved, mask, 0xf8);  // b | (moved & mask)
+  }
+  template <int kAt>
+  static void sixBit(B low, B high, uint8_t* scales, uint8_t* minima) {
+    storeB(scales, withHigh<kAt, 2>(lowNibbles(low), high));
+    storeB(minima, withHigh<kAt + 2, 2>(highNibbles(low), high));
+  }
+
+  template <int kMax, bool kSigned>
+  struct Sum {
+    I v = _mm512_setzero_si512();
+    template <int kGroup>
+    void add(B w, A a) {
+      v = _mm512_dpbusd_epi32(v, w, a);
+    }
+    I total() const { return v; }
+  };
+};
+
+}  // namespace
+}  // namespace earnest

@@ -1,0 +1,112 @@
+// Vector traits of 64-bit Arm with dot products: a vector is four 128-bit registers.
+// See vec_generic.h for the meaning.
+#pragma once
+
+#include <arm_neon.h>
+#include <cstddef>
+#include <cstdint>
+
+namespace earnest {
+namespace {
+
+struct Vec {
+  // 4 tokens: 16 integer accumulators of 32 registers; the float ones live in the first cache.
+  static constexpr int kPanels = 1, kTokens = 4, kFloatTokens = 2;
+  static constexpr int kSignedOffset = 0;  // sdot takes signed x signed
+
+  struct F { float32x4_t v[4]; };
+  struct I { int32x4_t v[4]; };
+  struct B { uint8x16_t v[4]; };
+  using A = int8x16_t;
+
+#define EARNEST_FOUR for (int i = 0; i < 4; ++i)
+  static F zero() { return set1(0); }
+  static F set1(float x) { F r; EARNEST_FOUR r.v[i] = vdupq_n_f32(x); return r; }
+  static F load(const float* p) { F r; EARNEST_FOUR r.v[i] = vld1q_f32(p + 4 * i); return r; }
+  static void store(float* p, F x) { EARNEST_FOUR vst1q_f32(p + 4 * i, x.v[i]); }
+  static F add(F x, F y) { EARNEST_FOUR x.v[i] = vaddq_f32(x.v[i], y.v[i]); return x; }
+  static F mul(F x, F y) { EARNEST_FOUR x.v[i] = vmulq_f32(x.v[i], y.v[i]); return x; }
+  static F neg(F x) { EARNEST_FOUR x.v[i] = vnegq_f32(x.v[i]); return x; }
+  static F fma(F x, F y, F z) {
+    EARNEST_FOUR z.v[i] = vfmaq_f32(z.v[i], x.v[i], y.v[i]);
+    return z;
+  }
+  static F halves(const uint8_t* p) {
+    F r;
+    EARNEST_FOUR r.v[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i)));
+    return r;
+  }
+  static F fromBytes(const uint8_t* p) {
+    const uint8x16_t b = vld1q_u8(p);
+    const uint16x8_t x = vmovl_u8(vget_low_u8(b)), y = vmovl_u8(vget_high_u8(b));
+    return {{vcvtq_f32_u32(vmovl_u16(vget_low_u16(x))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(x))),
+             vcvtq_f32_u32(vmovl_u16(vget_low_u16(y))), vcvtq_f32_u32(vmovl_u16(vget_high_u16(y)))}};
+  }
+  static F fromSignedBytes(const uint8_t* p) {
+    const int8x16_t b = vreinterpretq_s8_u8(vld1q_u8(p));
+    const int16x8_t x = vmovl_s8(vget_low_s8(b)), y = vmovl_s8(vget_high_s8(b));
+    return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(x))),
+             vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(y)))}};
+  }
+  static void bf16Pair(const uint8_t* p, F& even, F& odd) {
+    EARNEST_FOUR {
+      const uint32x4_t pair = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
+      even.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(pair, 16));
+      odd.v[i] = vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000u)));
+    }
+  }
+
+  static I zeroI() { return set1I(0); }
+  static I set1I(int32_t x) { I r; EARNEST_FOUR r.v[i] = vdupq_n_s32(x); return r; }
+  static I addI(I x, I y) { EARNEST_FOUR x.v[i] = vaddq_s32(x.v[i], y.v[i]); return x; }
+  static I shift7(I x) { EARNEST_FOUR x.v[i] = vshlq_n_s32(x.v[i], 7); return x; }
+  static F toFloat(I x) { F r; EARNEST_FOUR r.v[i] = vcvtq_f32_s32(x.v[i]); return r; }
+
+  static A broadcast(const int8_t* p) {
+    int32_t four;
+    __builtin_memcpy(&four, p, 4);
+    return vreinterpretq_s8_s32(vdupq_n_s32(four));
+  }
+
+  static B loadB(const uint8_t* p) { B r; EARNEST_FOUR r.v[i] = vld1q_u8(p + 16 * i); return r; }
+  static void storeB(uint8_t* p, B b) { EARNEST_FOUR vst1q_u8(p + 16 * i, b.v[i]); }
+  static B lowNibbles(B b) {
+    EARNEST_FOUR b.v[i] = vandq_u8(b.v[i], vdupq_n_u8(15));
+    return b;
+  }
+  static B highNibbles(B b) { EARNEST_FOUR b.v[i] = vshrq_n_u8(b.v[i], 4); return b; }
+  static B flipSign(B b) {
+    EARNEST_FOUR b.v[i] = veorq_u8(b.v[i], vdupq_n_u8(0x80));
+    return b;
+  }
+  template <int kAt, int kWidth>
+  static B withHigh(B b, B h) {
+    const uint8x16_t mask = vdupq_n_u8(((1 << kWidth) - 1) << 4);
+    EARNEST_FOUR {
+      uint8x16_t moved = h.v[i];
+      if constexpr (kAt < 4) moved = vshlq_n_u8(moved, 4 - kAt);
+      if constexpr (kAt > 4) moved = vshrq_n_u8(moved, kAt - 4);
+      b.v[i] = vorrq_u8(b.v[i], vandq_u8(moved, mask));
+    }
+    return b;
+  }
+  template <int kAt>
+  static void sixBit(B low, B high, uint8_t* scales, uint8_t* minima) {
+    storeB(scales, withHigh<kAt, 2>(lowNibbles(low), high));
+    storeB(minima, withHigh<kAt + 2, 2>(highNibbles(low), high));
+  }
+
+  template <int kMax, bool kSigned>
+  struct Sum {
+    I v = zeroI();
+    template <int kGroup>
+    void add(B w, A a) {
+      EARNEST_FOUR v.v[i] = vdotq_s32(v.v[i], vreinterpretq_s8_u8(w.v[i]), a);
+    }
+    I total() const { return v; }
+  };
+#undef EARNEST_FOUR
+};
+
+}  // namespace
+}  // namespace earnest
