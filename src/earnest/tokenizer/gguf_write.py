@@ -52,6 +52,8 @@ class _Table:
 
     def extend(self, size: int) -> None:
         """Fill up with unused entries to `size`; no text merges to them."""
+        if len(self.tokens) >= size:
+            return
         lowest = min(self.scores, default=0.0) - 1
         for token_id in range(len(self.tokens), size):
             self.tokens.append(f"[PAD{token_id}]")
