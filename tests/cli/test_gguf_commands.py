@@ -1,0 +1,72 @@
+"""The verbs that write GGUF files, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import gguf
+import pytest
+
+
+def earnest(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "earnest", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"EARNEST_OFFLINE": "1"},
+        stdin=subprocess.DEVNULL,
+    )
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("gguf") / "small"
+    done = earnest("synth", str(path), "--preset", "small-moe", "--mtp")
+    assert done.returncode == 0, done.stderr
+    return path
+
+
+def test_quantize(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.gguf"
+    done = earnest("quantize", str(folder), str(target), "--codec", "q4_k_m", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["layout"] == "gguf" and report["path"] == str(target)
+    assert any("rows of 128 weights" in note for note in report["notes"])
+    assert len(gguf.GGUFReader(target).tensors) == report["tensors"]
+    again = earnest("quantize", str(folder), str(target), "--codec", "q8_0")
+    assert again.returncode == 2 and "--force" in again.stderr
+    forced = earnest("quantize", str(folder), str(target), "--codec", "q8_0", "--force")
+    assert forced.returncode == 0 and "wrote" in forced.stdout
+    assert "multi-token-prediction" in forced.stderr
+
+
+def test_convert_to_gguf(folder: Path, tmp_path: Path) -> None:
+    target = tmp_path / "m.gguf"
+    done = earnest("convert", str(folder), str(target), "--to", "gguf", "--dtype", "f16")
+    assert done.returncode == 0, done.stderr
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(target).tensors}
+    assert kinds["token_embd.weight"] == "F16" and kinds["blk.1.ffn_gate_inp.weight"] == "F32"
+    shown = earnest("inspect", str(target), "--json")
+    assert shown.returncode == 0, shown.stderr
+    wrong = earnest("convert", str(folder), str(tmp_path / "m"), "--to", "gguf")
+    assert wrong.returncode == 2 and ".gguf" in wrong.stderr
+
+
+def test_synth_to_gguf(tmp_path: Path) -> None:
+    target = tmp_path / "m.gguf"
+    arguments = ("--preset", "small-moe", "--layers", "2")
+    done = earnest("synth", str(target), *arguments, "--codec", "q4_0")
+    assert done.returncode == 0, done.stderr
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(target).tensors}
+    assert kinds["blk.1.ffn_up_exps.weight"] == "Q4_0"
+    assert not any(name.startswith("blk.2.") for name in kinds)
+    for wrong in (("folder", "--codec", "q4_0"), ("n.gguf", "--mtp")):
+        refused = earnest("synth", str(tmp_path / wrong[0]), *arguments, *wrong[1:])
+        assert refused.returncode == 2
+    assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
