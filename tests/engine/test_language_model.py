@@ -152,6 +152,25 @@ def test_leaving_a_stream_frees_what_it_holds(how: str) -> None:
     assert len(model.generate("abc", PARAMS).token_ids) == 12
 
 
+@pytest.mark.timeout(30)
+def test_a_stream_may_be_closed_in_the_middle_of_a_step_of_another() -> None:
+    """As the garbage collector does to a stream that was left in a reference cycle."""
+    runner = FakeRunner()
+    model = fake_model(runner)
+    expected = model.generate("abc", PARAMS).text
+    left, read = model.stream("b", PARAMS), model.stream("abc", PARAMS)
+    next(left)
+    text, honest = next(read).text, runner.step
+
+    def closing(*args: Any) -> Any:
+        left.close()
+        return honest(*args)
+
+    runner.step = closing  # type: ignore[method-assign]
+    text += "".join(event.text for event in read)
+    assert text == expected and idle(model)
+
+
 def idle_quietly(model: LanguageModel) -> bool:
     try:
         return idle(model)

@@ -146,6 +146,8 @@ class LanguageModel:
         # Events that arrived while another stream was being read, by request.
         self._arrived: dict[int, deque[tuple[float, TokenEvent | EarnestError]]] = {}
         self._lock = threading.Lock()
+        # Requests nobody reads any more, to be cancelled by whoever next holds the lock.
+        self._abandoned: deque[int] = deque()
 
     @property
     def config(self) -> ErnieConfig:
@@ -343,7 +345,8 @@ class LanguageModel:
 
     @contextmanager
     def _blocks_for(self, positions: int) -> Iterator[list[int]]:
-        """KV blocks for a run outside the engine."""
+        """KV blocks for a run outside the engine; the lock must be held."""
+        self._sweep()
         pool = self._engine.blocks
         blocks = pool.allocate(blocks_for(positions, self._runner.block_size))
         if blocks is None:
@@ -423,15 +426,26 @@ class LanguageModel:
                     self._arrived[ids[-1]] = deque()
             yield ids
         finally:
-            with self._lock:
-                for request_id in ids:
-                    self._engine.cancel(request_id)
-                    self._arrived.pop(request_id, None)
+            # The garbage collector may close a stream in the middle of a step of this very thread:
+            # waiting for the lock would then wait for ever.
+            self._abandoned.extend(ids)
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._sweep()
+                finally:
+                    self._lock.release()
+
+    def _sweep(self) -> None:
+        while self._abandoned:
+            request_id = self._abandoned.popleft()
+            self._engine.cancel(request_id)
+            self._arrived.pop(request_id, None)
 
     def _next(self, request_id: int) -> tuple[float, TokenEvent]:
         """The next event of a request and when it arrived, running the engine if need be."""
         while True:
             with self._lock:
+                self._sweep()
                 if not self._arrived[request_id]:
                     results = self._engine.step()
                     now = time.monotonic()
