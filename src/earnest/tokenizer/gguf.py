@@ -23,6 +23,7 @@ from earnest.tokenizer.sentencepiece_proto import (
     PieceType,
     SentencePieceModel,
     byte_of,
+    is_unicode,
 )
 from earnest.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from earnest.tokenizer.sources import Source, added_tokens, names_of_model
@@ -209,8 +210,8 @@ def _array(metadata: Mapping[str, Any], key: str, length: int | None) -> list[An
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     values = _array(metadata, key, None)
-    if not all(isinstance(value, str) for value in values):
-        raise TokenizerError(f"GGUF: {_PREFIX}{key} holds something that is not text")
+    if not all(isinstance(value, str) and is_unicode(value) for value in values):
+        raise TokenizerError(f"GGUF: {_PREFIX}{key} holds something that is not Unicode text")
     return values
 
 

@@ -136,7 +136,9 @@ def _check_piece(token_id: int, piece: str, kind: int, seen: set[str]) -> None:
     problem = None
     if not piece:
         problem = "is empty"
-    elif len(piece) * 4 > MAX_PIECE_BYTES and len(piece.encode("utf-8")) > MAX_PIECE_BYTES:
+    elif not is_unicode(piece):
+        problem = "is not Unicode text"
+    elif len(piece.encode("utf-8")) > MAX_PIECE_BYTES:
         problem = f"is longer than {MAX_PIECE_BYTES} bytes"
     elif "\0" in piece:
         problem = "holds a NUL character"
@@ -148,6 +150,15 @@ def _check_piece(token_id: int, piece: str, kind: int, seen: set[str]) -> None:
         shown = piece if len(piece) <= 40 else piece[:40] + "..."
         raise TokenizerError(f"SentencePiece piece {token_id} {problem}", got=repr(shown))
     seen.add(piece)
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def byte_of(piece: str) -> int | None:

@@ -19,6 +19,7 @@ from earnest.errors import ChatUnsupportedError, PromptError
 from earnest.files import MAX_JSON_BYTES, machine_errors, read_bytes, staged_file
 from earnest.tokenizer import gguf, sources
 from earnest.tokenizer.detokenizer import Detokenizer
+from earnest.tokenizer.sentencepiece_proto import is_unicode
 from earnest.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from earnest.tokenizer.sources import Source
 from earnest.tokenizer.template import BUILTIN_TEMPLATES, ChatTemplate
@@ -288,8 +289,6 @@ def _checked(token_id: int) -> int:
 
 
 def _without_surrogates(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+    if is_unicode(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
