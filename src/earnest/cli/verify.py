@@ -84,7 +84,7 @@ def command(
             reports["self_check"] = verify.selfcheck(checkpoint, progress=progress)
         if against is not None:
             reports["exactness"] = verify.compare(checkpoint, num_layers=layers, progress=progress)
-    passed = all(report.passed for report in reports.values())
+    passed = verify.verdict(**reports)
     if as_json:
         named = {name: report.to_dict() for name, report in reports.items()}
         print_json({"path": str(located), "passed": passed, **named})
