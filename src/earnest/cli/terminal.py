@@ -25,13 +25,12 @@ from rich.table import Table
 
 from earnest.log import Progress
 
-out = Console(soft_wrap=True, highlight=False)
+# Into a file or a pipe tables go unbroken, so that names in them can be searched for.
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 1000)
 # A cell of a column of numbers: a figure with its unit, or a dash for none.
 _NUMBER = re.compile(r"-?|(x )?-?[\d.,]+(e[+-]?\d+)?( ?[kMGT]?B|%)?")
 
 err = Console(stderr=True, soft_wrap=True, highlight=False)
-
-_UNBROKEN_COLUMNS = 1000
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
 allow_bias_option = click.option(
@@ -96,8 +95,7 @@ def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
         table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    # Into a file or a pipe names go unbroken, so that they can be searched for.
-    out.print(table, width=None if out.is_terminal else _UNBROKEN_COLUMNS)
+    out.print(table)
 
 
 def human_bytes(count: float) -> str:
