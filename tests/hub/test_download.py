@@ -112,7 +112,7 @@ def test_the_cache_is_the_default_and_locate_finds_it(hub: FakeHub, tmp_path: Pa
 @pytest.mark.parametrize("name", ["model-00002-of-00002.safetensors", "tokenizer.model"])
 def test_a_broken_download_is_resumed(hub: FakeHub, tmp_path: Path, name: str) -> None:
     hub.cut[name] = 12_345
-    with pytest.raises(NetworkError, match="503"):
+    with pytest.raises(NetworkError, match="goes on where it stopped"):
         room.pull(REPO, destination=tmp_path / "out", endpoint=hub.url)
     assert not (tmp_path / "out").exists()
 
