@@ -23,13 +23,12 @@ from earnest.tokenizer.sentencepiece_proto import (
     PieceType,
     SentencePieceModel,
     byte_of,
-    is_unicode,
 )
 from earnest.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from earnest.tokenizer.sources import Source, added_tokens, names_of_model
 from earnest.tokenizer.template import ChatTemplate
 from earnest.tokenizer.tokenizer_json import Decoding
-from earnest.tokenizer.vocabulary import AddedToken, library_errors
+from earnest.tokenizer.vocabulary import AddedToken, is_unicode, library_errors
 
 _PREFIX = "tokenizer.ggml."
 _NAMED = {

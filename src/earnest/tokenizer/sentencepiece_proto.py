@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from earnest.errors import TokenizerError
+from earnest.tokenizer.vocabulary import is_unicode
 
 MAX_MODEL_BYTES = 64 * 2**20
 MAX_PIECES = 2**21
@@ -150,15 +151,6 @@ def _check_piece(token_id: int, piece: str, kind: int, seen: set[str]) -> None:
         shown = piece if len(piece) <= 40 else piece[:40] + "..."
         raise TokenizerError(f"SentencePiece piece {token_id} {problem}", got=repr(shown))
     seen.add(piece)
-
-
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: it holds no surrogates."""
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def byte_of(piece: str) -> int | None:

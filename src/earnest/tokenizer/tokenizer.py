@@ -19,10 +19,10 @@ from earnest.errors import ChatUnsupportedError, PromptError
 from earnest.files import MAX_JSON_BYTES, machine_errors, read_bytes, staged_file
 from earnest.tokenizer import gguf, sources
 from earnest.tokenizer.detokenizer import Detokenizer
-from earnest.tokenizer.sentencepiece_proto import is_unicode
 from earnest.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from earnest.tokenizer.sources import Source
 from earnest.tokenizer.template import BUILTIN_TEMPLATES, ChatTemplate
+from earnest.tokenizer.vocabulary import is_unicode
 
 # No vocabulary reaches this; smaller ids may be unused rows of the embedding.
 _MAX_ID = 2**31
