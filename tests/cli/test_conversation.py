@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 
 import pytest
 
@@ -69,7 +70,8 @@ def test_ctrl_c_stops_the_answer_and_then_leaves() -> None:
     child.sendline("Once upon a time")
     child.expect("Lily")
     child.sendintr()
-    child.expect(r"\[stopped\]|>>> ")
+    child.expect(">>> ")  # stopped, or over before the signal came
+    time.sleep(0.5)  # Python's input() loses a signal that comes just before it waits for keys
     child.sendintr()
     child.expect(pexpect.EOF)
     child.close()
