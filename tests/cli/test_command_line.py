@@ -324,6 +324,35 @@ def test_a_destination_that_cannot_be_written(small_moe: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["convert", "nowhere", "out", "--to", "hf"], 2, "nowhere"),
+        (["convert", "stories", "out", "--to", "onnx"], 2, "onnx"),
+        (["convert", "stories", "out"], 2, "--to"),
+        (["diff", "stories", "nowhere"], 2, "nowhere"),
+        (["diff", "nowhere", "stories"], 2, "nowhere"),
+        (["synth", "out", "--preset", "7b"], 2, "21b-a3b"),
+        (["synth", "out", "--preset", "tiny-moe", "--layers", "99"], 2, "layers"),
+        (["synth", "out", "--preset", "tiny-dense", "--mtp"], 2, "multi-token"),
+        (["pull", "no-owner"], 2, "owner/name"),
+        (["pull", "owner/name"], 4, "EARNEST_OFFLINE"),
+        (["inspect"], 2, "PATH"),
+        (["inspect", "--preset", "7b"], 2, "300b-a47b"),
+        (["verify", "stories", "--manifest", "nowhere.json"], 2, "nowhere.json"),
+        (["run", "owner/name", "-p", "x"], 2, "earnest pull owner/name"),
+        (["run", "./nowhere.gguf", "-p", "x"], 2, "nowhere.gguf"),
+        (["run", "storys", "-p", "x"], 2, "did you mean stories"),
+    ],
+)
+def test_bad_calls(arguments: list[str], status: int, words: str, tmp_path: Path) -> None:
+    done = earnest(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "a refused call leaves nothing behind"
+
+
 def test_a_destination_that_exists(small_moe: Path, tmp_path: Path) -> None:
     (tmp_path / "keep.txt").write_text("mine")
     done = earnest("convert", str(small_moe), str(tmp_path), "--to", "hf")
