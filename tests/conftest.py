@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests run beside each other (pytest -n): one thread each for the matrix products of numpy and
+# torch, or they wait for one another. Must be set before either is imported.
+for _variable in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
 
 _SHARED = Path(__file__).resolve().parents[2] / "shared"
 

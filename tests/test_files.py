@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from earnest.errors import (
     AccessError,
@@ -21,6 +23,7 @@ from earnest.errors import (
 from earnest.files import (
     StagedFolder,
     machine_errors,
+    parse_json_object,
     read_bytes,
     read_json,
     require_space,
@@ -150,6 +153,21 @@ def test_bad_json_is_a_format_error(data: bytes, tmp_path: Path) -> None:
     path.write_bytes(data)
     with pytest.raises(FormatError, match=r"config\.json"):
         read_json(path)
+
+
+@given(
+    st.binary(max_size=200)
+    | st.text(alphabet='{}[]":,.0123456789eE+-\\u tfn', max_size=200).map(str.encode)
+)
+@example(b'{"a": 1e999999999}')
+@example(b'{"a": NaN}')
+@example(b'{"\\ud800": 1}')
+@example(b"\xef\xbb\xbf{}")
+def test_any_bytes_are_an_object_or_a_format_error(data: bytes) -> None:
+    try:
+        assert isinstance(parse_json_object(data, "x.json"), dict)
+    except FormatError as error:
+        assert "x.json" in str(error)
 
 
 def test_reads_are_bounded(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import earnest as earnest_package
 from earnest.cli.main import VERBS
 
 EARNEST = [sys.executable, "-m", "earnest"]
@@ -217,10 +219,43 @@ def test_verify_manifest(small_moe: Path, tmp_path: Path) -> None:
     assert checked.returncode == 0, checked.stdout + checked.stderr
 
 
-def test_verify_calls_random_weights_implausible(small_moe: Path) -> None:
+def test_verify_passes_a_real_model() -> None:
     done = earnest("verify", "stories", "--json")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert json.loads(done.stdout)["self_check"]["passed"] is True
+    report = json.loads(done.stdout)
+    assert report["passed"] is True
+    assert report["self_check"]["passed"] is True
+
+
+def test_verify_fails_and_names_the_mistake(tmp_path: Path) -> None:
+    safetensors = pytest.importorskip("safetensors.numpy")
+    stories = Path(earnest_package.__file__).parent / "hub" / "stories"
+    broken = tmp_path / "broken"
+    shutil.copytree(stories, broken)
+    tensors = safetensors.load_file(broken / "model.safetensors")
+    for name in list(tensors):
+        if name.endswith("gate_proj.weight"):
+            twin = name.replace("gate_proj", "up_proj")
+            tensors[name], tensors[twin] = tensors[twin], tensors[name]
+    safetensors.save_file(tensors, broken / "model.safetensors")
+    done = earnest("verify", str(broken))
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "swapped gate and up" in done.stdout
+    assert done.stdout.rstrip().endswith("FAIL")
+
+
+def test_verify_notices_a_changed_weight(small_moe: Path, tmp_path: Path) -> None:
+    manifest, copy = tmp_path / "manifest.json", tmp_path / "copy"
+    arguments = ["--no-self-check", "--write-manifest", str(manifest)]
+    assert earnest("verify", str(small_moe), *arguments).returncode == 0
+    shutil.copytree(small_moe, copy)
+    with (copy / "model.safetensors").open("r+b") as file:
+        file.seek(-10, os.SEEK_END)
+        byte = file.read(1)
+        file.seek(-10, os.SEEK_END)
+        file.write(bytes([byte[0] ^ 1]))
+    done = earnest("verify", str(copy), "--no-self-check", "--manifest", str(manifest))
+    assert done.returncode == 1, done.stdout + done.stderr
 
 
 def test_verify_against_transformers(small_moe: Path) -> None:
@@ -257,23 +292,65 @@ def test_an_empty_folder(call: list[str], tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_no_permission(small_moe: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("verb", ["inspect", "verify", "convert"])
+def test_no_permission(verb: str, small_moe: Path, tmp_path: Path) -> None:
     locked = tmp_path / "locked"
     locked.mkdir()
+    (locked / "config.json").write_text("{}")
     locked.chmod(0)
+    extra = [str(tmp_path / "out"), "--to", "hf"] if verb == "convert" else []
+    arguments = [verb, str(locked), *extra]
+    # Root may read everything, so the command is run as somebody else; everything is imported
+    # before, since that somebody may not be allowed to read the installation.
+    code = (
+        "import importlib, os\n"
+        "import earnest.cli.main as m, earnest.verify, earnest.checkpoint.convert\n"
+        f"importlib.import_module('earnest.cli.{verb}')\n"
+        "os.geteuid() == 0 and os.seteuid(65534)\n"
+        f"m.main({arguments!r})\n"
+    )
     try:
-        done = earnest("inspect", str(locked))
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     finally:
         locked.chmod(0o700)
-    assert done.returncode == 4
+    assert done.returncode == 4, done.stdout + done.stderr
     assert "permission" in done.stderr.lower()
+    assert "Traceback" not in done.stderr
 
 
 def test_a_destination_that_cannot_be_written(small_moe: Path) -> None:
     done = earnest("convert", str(small_moe), "/proc/nowhere/out", "--to", "hf")
     assert done.returncode in (2, 4), done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "words"),
+    [
+        (["convert", "nowhere", "out", "--to", "hf"], 2, "nowhere"),
+        (["convert", "stories", "out", "--to", "onnx"], 2, "onnx"),
+        (["convert", "stories", "out"], 2, "--to"),
+        (["diff", "stories", "nowhere"], 2, "nowhere"),
+        (["diff", "nowhere", "stories"], 2, "nowhere"),
+        (["synth", "out", "--preset", "7b"], 2, "21b-a3b"),
+        (["synth", "out", "--preset", "tiny-moe", "--layers", "99"], 2, "layers"),
+        (["synth", "out", "--preset", "tiny-dense", "--mtp"], 2, "multi-token"),
+        (["pull", "no-owner"], 2, "owner/name"),
+        (["pull", "owner/name"], 4, "EARNEST_OFFLINE"),
+        (["inspect"], 2, "PATH"),
+        (["inspect", "--preset", "7b"], 2, "300b-a47b"),
+        (["verify", "stories", "--manifest", "nowhere.json"], 2, "nowhere.json"),
+        (["run", "owner/name", "-p", "x"], 2, "earnest pull owner/name"),
+        (["run", "./nowhere.gguf", "-p", "x"], 2, "nowhere.gguf"),
+        (["run", "storys", "-p", "x"], 2, "did you mean stories"),
+    ],
+)
+def test_bad_calls(arguments: list[str], status: int, words: str, tmp_path: Path) -> None:
+    done = earnest(*arguments, cwd=tmp_path)
+    assert done.returncode == status, done.stdout + done.stderr
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir()), "a refused call leaves nothing behind"
 
 
 def test_a_destination_that_exists(small_moe: Path, tmp_path: Path) -> None:
@@ -325,3 +402,26 @@ def test_an_interrupted_convert_is_finished_by_the_same_command(
     for name, when in kept.items():
         assert (destination / name).stat().st_mtime_ns == when, "a finished shard was written again"
     assert earnest("diff", str(source), str(destination), "--json").returncode == 0
+
+
+def test_ctrl_c_during_an_answer_says_interrupted() -> None:
+    process = subprocess.Popen(
+        [*EARNEST, "run", "stories", "x", "--ignore-eos", "--max-tokens", "500"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.read(1)  # it has begun to answer
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    assert "Traceback" not in stderr
+    assert process.returncode in (0, 130)  # 0 if the answer was over before the signal came
+
+
+def test_a_closed_pipe_is_no_error() -> None:
+    command = f"{sys.executable} -m earnest inspect stories | head -1"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60)
+    assert done.stdout
+    assert done.stderr == ""

@@ -28,6 +28,7 @@ from earnest.errors import (
     ChatUnsupportedError,
     CheckpointError,
     MemoryBudgetError,
+    ModelNotFoundError,
     PromptError,
     SamplingError,
     TokenizerError,
@@ -151,6 +152,25 @@ def test_leaving_a_stream_frees_what_it_holds(how: str) -> None:
     assert len(model.generate("abc", PARAMS).token_ids) == 12
 
 
+@pytest.mark.timeout(30)
+def test_a_stream_may_be_closed_in_the_middle_of_a_step_of_another() -> None:
+    """As the garbage collector does to a stream that was left in a reference cycle."""
+    runner = FakeRunner()
+    model = fake_model(runner)
+    expected = model.generate("abc", PARAMS).text
+    left, read = model.stream("b", PARAMS), model.stream("abc", PARAMS)
+    next(left)
+    text, honest = next(read).text, runner.step
+
+    def closing(*args: Any) -> Any:
+        left.close()
+        return honest(*args)
+
+    runner.step = closing  # type: ignore[method-assign]
+    text += "".join(event.text for event in read)
+    assert text == expected and idle(model)
+
+
 def idle_quietly(model: LanguageModel) -> bool:
     try:
         return idle(model)
@@ -216,8 +236,9 @@ def test_logits_of_every_position(length: int, monkeypatch: pytest.MonkeyPatch) 
     assert idle(model)
 
 
-def test_logits_within_memory_and_context() -> None:
-    model = fake_model(memory_budget=4 * VOCAB * 10)
+def test_logits_within_memory_and_context(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("earnest.env.free_memory", lambda: 2 * 4 * VOCAB * 10)
+    model = fake_model()
     assert model.logits([2] * 10).shape == (10, VOCAB)
     with pytest.raises(MemoryBudgetError, match="prompt_logprobs"):
         model.logits([2] * 11)
@@ -413,6 +434,24 @@ def test_seeds_are_reproducible(stories: LanguageModel) -> None:
         stories.generate(["The dog", "Once", "A"], params)[1],
     )
     assert one.text == other.text == batched.text
+
+
+def test_a_path_is_not_a_built_in_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelNotFoundError):
+        load(Path("stories"))
+
+
+def test_a_context_that_does_not_fit_is_said(stories: LanguageModel) -> None:
+    said = list[str]()
+    # 64 positions of 5 layers with 32 float32 keys and values, and as much again for weights.
+    model = load("stories", memory_budget=2 * 64 * 5 * 2 * 32 * 4, notice=said.append)
+    assert model.max_context == 64 and len(said) == 1 and "64 of 512" in said[0]
+    with pytest.raises(PromptError, match="max_context"):
+        model.generate([5] * 64, PARAMS)
+    ids = list(range(260, 320))
+    assert np.abs(model.logits(ids[:8]) - stories.logits(ids)[:8]).max() < 1e-4
+    assert load("stories", max_context=512, memory_budget=0).max_context == 512
 
 
 def test_top_level_names() -> None:

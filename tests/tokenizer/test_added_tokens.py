@@ -73,7 +73,9 @@ def test_many_tokens_cost_no_more_than_few() -> None:
     assert list(splitter.split("<" * 20_000)) == ["<" * 20_000]
 
 
-@pytest.mark.parametrize(("token_id", "content"), [(-1, "a"), (MAX_TOKEN_ID, "a"), (1, "")])
+@pytest.mark.parametrize(
+    ("token_id", "content"), [(-1, "a"), (MAX_TOKEN_ID, "a"), (1, ""), (1, "\ud800")]
+)
 def test_impossible_tokens_are_refused(token_id: int, content: str) -> None:
     with pytest.raises(TokenizerError):
         AddedToken(token_id, content)

@@ -77,7 +77,7 @@ def test_byte_pieces(piece: str, byte: int | None) -> None:
         ({"pieces": ["<unk>", "<s>", "</s>", "a", "a", "ab", "7"]}, "occurs twice"),
         ({"pieces": ["<unk>", "<s>", "</s>", "a", "", "ab", "7"]}, "is empty"),
         ({"pieces": ["<unk>", "<s>", "</s>", "a", "\0", "ab", "7"]}, "NUL"),
-        ({"pieces": ["<unk>", "<s>", "</s>", "x" * (MAX_PIECE_BYTES + 1), "b", "c", "d"]}, "longer"),
+        ({"pieces": ["<unk>", "<s>", "</s>", "x" * (MAX_PIECE_BYTES + 1), *"bcd"]}, "longer"),
         ({"types": [1, 3, 3, 1, 1, 1, 4]}, "exactly one unknown"),
         ({"types": [2, 2, 3, 1, 1, 1, 4]}, "exactly one unknown"),
         ({"types": [2, 3, 3, 1, 1, 1, 9]}, "unknown type"),
@@ -128,7 +128,7 @@ def test_any_bytes_are_read_or_refused(data: bytes) -> None:
         parse_model(data, "x.model")
 
 
-HOSTILE = """
+HOSTILE = r"""
 import random, sys
 from earnest.errors import TokenizerError
 from earnest.tokenizer.sentencepiece_proto import SentencePieceModel, parse_model

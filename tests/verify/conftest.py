@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from story_damage import Tensors
 
+from earnest import hub
 from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.checkpoint.names import stored
 from earnest.checkpoint.open import open_checkpoint
@@ -23,55 +23,14 @@ from earnest.codecs import codec
 from earnest.config import to_gguf
 
 
-class StoryTokenizer:
-    """The story model's vocabulary: score-driven BPE, a space before the text, a first token 1."""
-
-    def __init__(self, vocabulary: Path) -> None:
-        pieces = json.loads(vocabulary.read_text(encoding="utf-8"))["pieces"]
-        self.pieces = [piece for piece, _ in pieces]
-        self.scores = [score for _, score in pieces]
-        self.ids = {piece: i for i, piece in enumerate(self.pieces)}
-
-    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
-        ids: list[int] = []
-        for character in " " + text:
-            known = self.ids.get(character)
-            ids += [byte + 3 for byte in character.encode()] if known is None else [known]
-        while True:
-            joins = [
-                (self.scores[joined], -at, joined)
-                for at, (a, b) in enumerate(pairwise(ids))
-                if (joined := self.ids.get(self.pieces[a] + self.pieces[b])) is not None
-            ]
-            if not joins:
-                return [1] * add_special_tokens + ids
-            _, at, joined = max(joins)
-            ids[-at : 2 - at] = [joined]
-
-
 @pytest.fixture(scope="session")
-def story_folder(shared: Path) -> Path:
-    """The story model as a Hugging Face folder."""
-    return shared / "data" / "models" / "stories260k-ernie"
-
-
-@pytest.fixture(scope="session")
-def open_story(story_folder: Path) -> Callable[..., Checkpoint]:
-    """Opens a folder made of the story model, with its tokenizer."""
-    tokenizer = StoryTokenizer(story_folder / "tok512.json")
-
-    def open_it(folder: Path, **options: Any) -> Checkpoint:
-        checkpoint = open_checkpoint(folder, **options)
-        checkpoint.__dict__["tokenizer"] = tokenizer  # takes the place of the cached property
-        return checkpoint
-
-    return open_it
+def story_folder() -> Path:
+    """The story model that ships with the package, a Hugging Face folder."""
+    return Path(hub.__file__).with_name("stories")
 
 
 @pytest.fixture
-def changed_story(
-    story_folder: Path, tmp_path: Path, open_story: Callable[..., Checkpoint]
-) -> Callable[..., Checkpoint]:
+def changed_story(story_folder: Path, tmp_path: Path) -> Callable[..., Checkpoint]:
     """The story model after a function has changed its tensors and its config."""
 
     def make(change: Callable[[Tensors, dict[str, Any]], None], **options: Any) -> Checkpoint:
@@ -79,15 +38,14 @@ def changed_story(
         config = json.loads((story_folder / "config.json").read_text(encoding="utf-8"))
         change(tensors, config)
         folder = tmp_path / "changed"
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir()
+        shutil.copytree(story_folder, folder, ignore=shutil.ignore_patterns("*.safetensors"))
         save_file(
-            {n: np.ascontiguousarray(t) for n, t in tensors.items()},
+            {name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()},
             folder / "model.safetensors",
             {"format": "pt"},
         )
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        return open_story(folder, **options)
+        return open_checkpoint(folder, **options)
 
     return make
 

@@ -111,9 +111,9 @@ def test_other_forms_agree(
 
 
 def test_real_text_of_a_real_model(
-    open_story: Callable[..., Checkpoint], story_folder: Path
+    story_folder: Path,
 ) -> None:
-    report = well_formed(compare(open_story(story_folder)))
+    report = well_formed(compare(open_checkpoint(story_folder)))
     assert report.passed, report.failures
     assert report.tokens > 400  # two passages cut to 160 tokens, and the Chinese one
     assert not any("pseudo-random" in note for note in report.notes)

@@ -61,12 +61,13 @@ def well_formed(report: SelfCheckReport) -> SelfCheckReport:
 
 
 def test_story_model_passes_in_one_reading(
-    open_story: Callable[..., Checkpoint], story_folder: Path
+    story_folder: Path,
 ) -> None:
     seen: list[tuple[int, int]] = []
     report = well_formed(
         selfcheck(
-            open_story(story_folder), progress=lambda done, total, what: seen.append((done, total))
+            open_checkpoint(story_folder),
+            progress=lambda done, total, what: seen.append((done, total)),
         )
     )
     assert report.passed and report.suspected is None
@@ -223,9 +224,9 @@ def test_without_tokenizer_nothing_is_claimed(random_folder: Callable[..., Path]
 
 
 def test_dense_models_have_no_bias_problem(
-    open_story: Callable[..., Checkpoint], story_folder: Path
+    story_folder: Path,
 ) -> None:
-    assert correction_bias_problem(open_story(story_folder)) is None
+    assert correction_bias_problem(open_checkpoint(story_folder)) is None
 
 
 def test_table_of_mistakes_is_covered() -> None:

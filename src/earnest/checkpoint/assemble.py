@@ -209,8 +209,9 @@ def _as_stored(spec: TensorSpec, region: Region, shape: tuple[int, ...]) -> Regi
             return replace(region, stored_shape=shape, index=None)
         if shape in ((1, *spec.shape), (2, *spec.shape)):
             return replace(region, stored_shape=shape, index=0)
-    if spec.part == "lm_head" and region.transposed and shape == spec.shape:
-        # Which way Paddle's files store an untied head is not settled; the shape tells.
+    if spec.part == "lm_head" and region.transposed and shape == spec.shape != shape[::-1]:
+        # Which way Paddle's files store an untied head is not settled; the shape tells. (A square
+        # one is taken as we write it.)
         return replace(region, stored_shape=shape, transposed=False, axis=0)
     return region
 

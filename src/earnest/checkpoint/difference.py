@@ -87,7 +87,7 @@ class DiffReport:
     config: tuple[ConfigDifference, ...]
 
     COLUMNS: ClassVar[list[str]] = [
-        "tensor", "state", "types", "changed", "max |B-A|", "RMS(B-A)/RMS(A)", "cosine"
+        "tensor", "n", "state", "types", "changed", "max |B-A|", "rel. RMS", "cosine"
     ]  # fmt: skip
 
     @property
@@ -98,14 +98,14 @@ class DiffReport:
     def rows(self, *, show_all: bool = False) -> list[list[str]]:
         """Rows for a table under `COLUMNS`: what differs, or everything.
 
-        Where more than a hundred tensors differ, those of one kind are condensed to one row over
-        layers and experts (`*`) with the largest difference found; `to_dict` has each.
+        Where more than a hundred tensors differ, the n of one kind are condensed to one row over
+        layers and experts (`*`) with the measures of the most different; `to_dict` has each.
         """
-        config = [[c.field, "config", f"{c.a} -> {c.b}", "", "", "", ""] for c in self.config]
+        config = [[c.field, "", "config", f"{c.a} -> {c.b}", "", "", "", ""] for c in self.config]
         shown = [t for t in self.tensors if show_all or not t.same]
         if show_all or len(shown) <= _MAX_ROWS:
             return config + [_row(t) for t in shown]
-        return config + [_row(t, label) for label, t in _condensed(shown)]
+        return config + [_row(*kind) for kind in _condensed(shown)]
 
     def summary(self) -> str:
         """One or two sentences."""
@@ -279,14 +279,14 @@ class _Measure:
 # --- for people -------------------------------------------------------------------------------
 
 
-def _row(t: TensorDifference, label: str | None = None) -> list[str]:
+def _row(t: TensorDifference, name: str | None = None, count: int = 1) -> list[str]:
     if t.state == "shape":
         types = f"{list(t.shape_a or ())} -> {list(t.shape_b or ())}"
     elif t.codec_a == t.codec_b or not (t.codec_a and t.codec_b):
         types = t.codec_a or t.codec_b or ""
     else:
         types = f"{t.codec_a} -> {t.codec_b}"
-    head = [label or t.name, t.state, types]
+    head = [name or t.name, f"{count:,}", t.state, types]
     if t.state != "differs":
         return [*head, "", "", "", ""]
     return [
@@ -298,14 +298,11 @@ def _row(t: TensorDifference, label: str | None = None) -> list[str]:
     ]
 
 
-def _condensed(tensors: list[TensorDifference]) -> Iterator[tuple[str, TensorDifference]]:
-    """One label and the worst case for all tensors of one kind and state, in order."""
+def _condensed(tensors: list[TensorDifference]) -> Iterator[tuple[TensorDifference, str, int]]:
+    """For each kind of tensor and state, in order: the worst case, the name, how many."""
     kinds: dict[tuple[str, str], list[TensorDifference]] = {}
     for tensor in tensors:
         kinds.setdefault((re.sub(r"\.\d+\.", ".*.", tensor.name), tensor.state), []).append(tensor)
     for (kind, _), members in kinds.items():
         worst = max(members, key=lambda t: (t.relative_rms is None, t.relative_rms or 0.0))
-        if len(members) == 1:
-            yield worst.name, worst
-        else:
-            yield f"{kind} (the most different of {len(members):,})", worst
+        yield worst, kind if len(members) > 1 else worst.name, len(members)

@@ -7,10 +7,9 @@ from typing import Literal
 
 import click
 
-from earnest import hub
-from earnest.checkpoint import open_checkpoint
 from earnest.checkpoint.convert import convert
 from earnest.checkpoint.export import export
+from earnest.cli.opening import opened
 from earnest.cli.terminal import (
     allow_bias_option,
     force_option,
@@ -73,9 +72,8 @@ def command(
     when it is complete; an interrupted run is continued by the same command.
     """
     with progress_bar("converting") as progress:
-        path = hub.locate(source, progress=progress, notice=notice)
-        checkpoint = open_checkpoint(
-            path, allow_missing_correction_bias=allow_missing_correction_bias
+        checkpoint = opened(
+            source, progress, allow_missing_correction_bias=allow_missing_correction_bias
         )
         if layout == "gguf":
             report = export(checkpoint, destination, dtype=dtype, force=force, progress=progress)

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import click
 
-from earnest import hub
-from earnest.checkpoint import open_checkpoint
 from earnest.checkpoint.difference import diff
+from earnest.cli.opening import opened
 from earnest.cli.terminal import (
     allow_bias_option,
     json_option,
-    notice,
     out,
     print_json,
     print_table,
@@ -39,10 +37,7 @@ def command(
     """
     with progress_bar("comparing") as progress:
         first, second = (
-            open_checkpoint(
-                hub.locate(name, progress=progress, notice=notice),
-                allow_missing_correction_bias=allow_missing_correction_bias,
-            )
+            opened(name, progress, allow_missing_correction_bias=allow_missing_correction_bias)
             for name in (left, right)
         )
         report = diff(first, second, progress=progress)

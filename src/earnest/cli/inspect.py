@@ -6,14 +6,12 @@ from typing import Any
 
 import click
 
-from earnest import hub
-from earnest.checkpoint import open_checkpoint
 from earnest.checkpoint.describe import describe, describe_config
+from earnest.cli.opening import opened
 from earnest.cli.terminal import (
     allow_bias_option,
     human_bytes,
     json_option,
-    notice,
     out,
     print_json,
     print_table,
@@ -51,10 +49,10 @@ def command(
         facts = describe_config(preset(preset_name))
     else:
         with progress_bar("opening") as progress:
-            located = hub.locate(str(path), progress=progress, notice=notice)
-        facts = describe(
-            open_checkpoint(located, allow_missing_correction_bias=allow_missing_correction_bias)
-        )
+            checkpoint = opened(
+                str(path), progress, allow_missing_correction_bias=allow_missing_correction_bias
+            )
+        facts = describe(checkpoint)
     if as_json:
         print_json(facts)
     else:

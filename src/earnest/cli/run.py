@@ -163,6 +163,8 @@ def _exists(path: str) -> bool:
 
 
 def _load(name: str | None, context: int | None, allow_missing_bias: bool) -> LanguageModel:
+    if name is None:
+        notice("no MODEL was named: smollm2 answers, the default model")
     with progress_bar("opening") as progress:
         try:
             path = hub.locate(name or "smollm2", progress=progress, notice=notice)

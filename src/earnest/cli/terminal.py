@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import sys
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import click
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import (
     BarColumn,
@@ -23,7 +25,11 @@ from rich.table import Table
 
 from earnest.log import Progress
 
-out = Console(soft_wrap=True, highlight=False)
+# Into a file or a pipe tables go unbroken, so that names in them can be searched for.
+out = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 1000)
+# A cell of a column of numbers: a figure with its unit, or a dash for none.
+_NUMBER = re.compile(r"-?|(x )?-?[\d.,]+(e[+-]?\d+)?( ?[kMGT]?B|%)?")
+
 err = Console(stderr=True, soft_wrap=True, highlight=False)
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON, for machines.")
@@ -80,10 +86,13 @@ def _plain_lines(label: str) -> Progress:
 
 
 def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
-    """Print a table; every column but the first is right-aligned."""
-    table = Table(title=title, title_justify="left", title_style="bold")
-    for number, name in enumerate(columns):
-        table.add_column(name, justify="left" if number == 0 else "right", overflow="fold")
+    """Print a table; columns of numbers are right-aligned. Nothing is printed for no rows."""
+    if not rows:
+        return
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD)
+    for name, cells in zip(columns, zip(*rows, strict=True), strict=True):
+        numeric = all(_NUMBER.fullmatch(cell) for cell in cells)
+        table.add_column(name, justify="right" if numeric else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
     out.print(table)

@@ -7,13 +7,11 @@ from typing import Any
 
 import click
 
-from earnest import hub
-from earnest.checkpoint import open_checkpoint
 from earnest.checkpoint.integrity import check
+from earnest.cli.opening import opened
 from earnest.cli.terminal import (
     allow_bias_option,
     json_option,
-    notice,
     out,
     print_json,
     print_table,
@@ -71,9 +69,8 @@ def command(
     from earnest import verify
 
     with progress_bar("verifying") as progress:
-        located = hub.locate(path, progress=progress, notice=notice)
-        checkpoint = open_checkpoint(
-            located, allow_missing_correction_bias=allow_missing_correction_bias
+        checkpoint = opened(
+            path, progress, allow_missing_correction_bias=allow_missing_correction_bias
         )
         reports: dict[str, Any] = {
             "integrity": check(
@@ -84,10 +81,10 @@ def command(
             reports["self_check"] = verify.selfcheck(checkpoint, progress=progress)
         if against is not None:
             reports["exactness"] = verify.compare(checkpoint, num_layers=layers, progress=progress)
-    passed = all(report.passed for report in reports.values())
+    passed = verify.verdict(**reports)
     if as_json:
         named = {name: report.to_dict() for name, report in reports.items()}
-        print_json({"path": str(located), "passed": passed, **named})
+        print_json({"path": str(checkpoint.path), "passed": passed, **named})
     else:
         for name, report in reports.items():
             print_table(name.replace("_", "-"), report.COLUMNS, report.rows())

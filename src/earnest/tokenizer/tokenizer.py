@@ -22,6 +22,7 @@ from earnest.tokenizer.detokenizer import Detokenizer
 from earnest.tokenizer.sentencepiece_vocabulary import SentencePieceVocabulary
 from earnest.tokenizer.sources import Source
 from earnest.tokenizer.template import BUILTIN_TEMPLATES, ChatTemplate
+from earnest.tokenizer.vocabulary import is_unicode
 
 # No vocabulary reaches this; smaller ids may be unused rows of the embedding.
 _MAX_ID = 2**31
@@ -305,8 +306,6 @@ def _checked(token_id: int) -> int:
 
 
 def _without_surrogates(text: str) -> str:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
-    return text
+    if is_unicode(text):
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")

@@ -13,6 +13,15 @@ from earnest.errors import TokenizerError
 MAX_TOKEN_ID = 2**24
 
 
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: it holds no surrogates."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 @dataclass(frozen=True)
 class AddedToken:
     """A token that is found in the text before the vocabulary's own algorithm sees it.
@@ -41,8 +50,10 @@ class AddedToken:
                 got=self.id,
                 expected=f"0 to {MAX_TOKEN_ID - 1:,}",
             )
-        if not self.content:
-            raise TokenizerError("an added token has no text", got=f"id {self.id}")
+        if not self.content or not is_unicode(self.content):
+            raise TokenizerError(
+                "an added token has no text, or none that is Unicode", got=f"id {self.id}"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """As `tokenizer_config.json` and `tokenizer.json` write it, without the id."""

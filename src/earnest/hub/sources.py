@@ -13,7 +13,7 @@ from earnest import env
 from earnest.errors import AccessError, EarnestError, ModelNotFoundError
 from earnest.files import machine_errors
 from earnest.hub.carried import SMOLLM2, fetched
-from earnest.hub.pull import pulled
+from earnest.hub.download import pulled
 from earnest.log import Progress, logger, silent
 
 BUILTIN = {
