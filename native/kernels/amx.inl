@@ -13,15 +13,14 @@
 #include "kernels/tiles.h"
 
 namespace earnest {
+
+extern const KernelTable kAvx512Vnni;  // for few tokens, and for f16 and f32
+
 namespace {
 
 // From this many tokens on; below, a tile's rows would be mostly empty.
 constexpr int64_t kTileTokens = 8;
 constexpr int64_t kStagedBytesMax = 2 * 512 + 128;
-
-int64_t tileScratchBytes(int64_t columns, int64_t tokens) {
-  return (tokens + 15) / 16 * (columns / kBlock) * kStagedBytesMax;
-}
 
 // 16 tokens x 32 columns: integers [plane][token][32], then scales [token], scaled sums [token].
 template <int P>
@@ -212,6 +211,40 @@ void matmulBf16Tiles(const Matmul& m, int64_t begin, int64_t end, void* scratch)
     }
   }
   tileRelease();
+}
+
+template <class C>
+void matmulPlanes(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  if (m.x.planes == kA15) {
+    matmulTiles<C, 2>(m, begin, end, scratch);
+  } else {
+    matmulTiles<C, 1>(m, begin, end, scratch);
+  }
+}
+
+void matmul(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  if (begin >= end) return;
+  if (m.x.tokens < kTileTokens) return kAvx512Vnni.matmul(m, begin, end, scratch);
+  switch (m.codec) {
+    case kBf16: return matmulBf16Tiles(m, begin, end, scratch);
+    case kQ8_0: return matmulPlanes<Q8_0>(m, begin, end, scratch);
+    case kQ4_0: return matmulPlanes<Q4_0>(m, begin, end, scratch);
+    case kQ4_1: return matmulPlanes<Q4_1>(m, begin, end, scratch);
+    case kQ5_0: return matmulPlanes<Q5_0>(m, begin, end, scratch);
+    case kQ5_1: return matmulPlanes<Q5_1>(m, begin, end, scratch);
+    case kQ4_K: return matmulPlanes<Q4_K>(m, begin, end, scratch);
+    case kQ5_K: return matmulPlanes<Q5_K>(m, begin, end, scratch);
+    case kQ6_K: return matmulPlanes<Q6_K>(m, begin, end, scratch);
+    default: return kAvx512Vnni.matmul(m, begin, end, scratch);
+  }
+}
+
+size_t scratchBytes(int64_t columns, int64_t tokens) {
+  const size_t tiles = static_cast<size_t>((columns / kBlock) * kExpandedBytesMax +
+                                           (tokens + 15) / 16 * (columns / kBlock) *
+                                               kStagedBytesMax);
+  const size_t few = kAvx512Vnni.scratchBytes(columns, tokens);
+  return tiles > few ? tiles : few;
 }
 
 uint64_t peakTiles(uint64_t rounds) {

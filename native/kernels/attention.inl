@@ -15,8 +15,7 @@
 namespace earnest {
 namespace {
 
-// Query heads worked on together: as many accumulators as the registers hold.
-constexpr int kQueries = Vec::kPanels > 1 ? 8 : 3;
+constexpr int kQueries = Vec::kQueries;
 constexpr int64_t kState = 16;  // floats after the values: [0] maximum, [1] sum of weights
 
 int64_t paddedChannels(int64_t channels) { return (channels + 31) / 32 * 32; }
@@ -110,7 +109,7 @@ template <class C, int Q>
 __attribute__((noinline)) void attendBlock(const uint8_t* const* keys, const uint8_t* const* rows,
                                            int64_t count, int64_t channels, float scale,
                                            const float* q, float* state, float* scores) {
-  constexpr int kTogether = Q <= 2 ? 4 : Q <= 4 ? 2 : 1;  // panels, or runs of channels
+  constexpr int kTogether = kQueries < 8 ? 1 : Q <= 2 ? 4 : Q <= 4 ? 2 : 1;  // panels, or runs of channels
   const int64_t padded = paddedChannels(channels), floats = padded + kState;
   const int64_t panels = (count + 15) / 16;
   int64_t p = 0;

@@ -13,16 +13,10 @@
 // (the order of tdpbf16ps); then acc = acc + (even + odd).
 #pragma once
 
-#if EARNEST_AMX
-#include "kernels/amx.inl"
-#else
 #include "kernels/panel_codecs.inl"
-#endif
 
 namespace earnest {
 namespace {
-
-constexpr int R = Vec::kPanels;
 
 // Where the values of T tokens lie. Tokens beyond those wanted repeat the last: the same result is
 // written to the same place again, which is cheaper than a kernel for every count.
@@ -169,9 +163,6 @@ __attribute__((noinline)) void matmulIntegers(const Matmul& m, int64_t begin, in
   constexpr int T = Vec::kTokens;
   const int64_t blocks = m.columns / kBlock, tokens = m.x.tokens;
   const int64_t bytes = blocks / C::kRuns * C::kBytes;
-#if EARNEST_AMX
-  if (tokens >= kTileTokens) return matmulTiles<C, P>(m, begin, end, scratch);
-#endif
   for (int64_t p = begin; p < end; p += R) {
     int64_t panel[R];
     const Columns columns = columnsFrom(m, p, end, panel);
@@ -284,11 +275,7 @@ void matmul(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
   switch (m.codec) {
     case kF32: return matmulFloats<F32>(m, begin, end);
     case kF16: return matmulFloats<F16>(m, begin, end);
-    case kBf16:
-#if EARNEST_AMX
-      if (m.x.tokens >= kTileTokens) return matmulBf16Tiles(m, begin, end, scratch);
-#endif
-      return matmulFloats<Bf16>(m, begin, end);
+    case kBf16: return matmulFloats<Bf16>(m, begin, end);
     case kQ8_0: return matmulPlanes<Q8_0>(m, begin, end, scratch);
     case kQ4_0: return matmulPlanes<Q4_0>(m, begin, end, scratch);
     case kQ4_1: return matmulPlanes<Q4_1>(m, begin, end, scratch);
@@ -299,6 +286,11 @@ void matmul(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
     case kQ6_K: return matmulPlanes<Q6_K>(m, begin, end, scratch);
     default: return;
   }
+}
+
+// Room for R expanded panels.
+size_t scratchBytes(int64_t columns, int64_t) {
+  return static_cast<size_t>(R * (columns / kBlock) * kExpandedBytesMax);
 }
 
 }  // namespace

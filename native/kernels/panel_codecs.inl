@@ -20,6 +20,8 @@ namespace {
 #define EARNEST_INLINE inline __attribute__((always_inline))
 #define EARNEST_INLINE_LAMBDA __attribute__((always_inline))
 
+constexpr int R = Vec::kPanels;
+
 template <int kValue>
 struct Index {
   static constexpr int value = kValue;

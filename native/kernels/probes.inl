@@ -25,7 +25,7 @@ uint64_t readStreams(const uint8_t* data, size_t bytes, int streams) {
   return sum;
 }
 
-uint64_t peakIntegers(uint64_t rounds) {
+[[maybe_unused]] uint64_t peakIntegers(uint64_t rounds) {
   constexpr int kChains = 8;
   alignas(64) uint8_t weights[64];
   alignas(64) int8_t values[32];

@@ -11,6 +11,7 @@ namespace earnest {
 namespace {
 
 struct Vec {
+  static constexpr int kQueries = 3;  // query heads that attention works on together
   static constexpr int kPanels = 1, kFloatTokens = 2;
 #if EARNEST_AVXVNNI
   static constexpr int kTokens = 4;

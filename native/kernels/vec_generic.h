@@ -11,114 +11,128 @@
 namespace earnest {
 namespace {
 
+// The compiler's own vectors: they become whatever registers the target has, and are one operation
+// each while optimising (loops over lanes would take minutes to compile).
+using F = float __attribute__((vector_size(64)));
+using I = int32_t __attribute__((vector_size(64)));
+using B = uint8_t __attribute__((vector_size(64)));
+using Shorts = int16_t __attribute__((vector_size(64)));
+using UnsignedShorts = uint16_t __attribute__((vector_size(64)));
+
 struct Vec {
+  static constexpr int kQueries = 1;  // query heads that attention works on together
   // Panels and tokens worked on together: as many accumulators as the registers hold.
-  static constexpr int kPanels = 1, kTokens = 4, kFloatTokens = 4;
+  static constexpr int kPanels = 1, kTokens = 2, kFloatTokens = 2;
   // What is added to signed weights so that the tier's byte product takes them (0 or 128).
   static constexpr int kSignedOffset = 0;
 
-  struct F { float v[16]; };
-  struct I { int32_t v[16]; };
-  struct B { uint8_t v[64]; };
-  struct A { int8_t v[4]; };
+  using F = earnest::F;
+  using I = earnest::I;
+  using B = earnest::B;
+  struct A { Shorts even, odd; };
 
-  static float halfToFloat(uint16_t h) {
-    const uint32_t sign = uint32_t{h & 0x8000u} << 16;
-    const uint32_t magnitude = h & 0x7fffu;
-    uint32_t bits;
-    if (magnitude >= 0x7c00) {
-      bits = 0x7f800000u | (magnitude & 0x3ff) << 13;
-    } else if (magnitude >= 0x400) {
-      bits = (magnitude + ((127 - 15) << 10)) << 13;
-    } else {  // subnormal: magnitude * 2^-24 is exact
-      const float f = static_cast<float>(magnitude) * 0x1p-24f;
-      __builtin_memcpy(&bits, &f, 4);
-    }
-    bits |= sign;
-    float out;
-    __builtin_memcpy(&out, &bits, 4);
-    return out;
+  template <class T>
+  static T loadAs(const void* p) {
+    T x;
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
   }
 
-#define EARNEST_LANES for (int i = 0; i < 16; ++i)
   static F zero() { return F{}; }
-  static F set1(float x) { F r; EARNEST_LANES r.v[i] = x; return r; }
-  static F load(const float* p) { F r; EARNEST_LANES r.v[i] = p[i]; return r; }
-  static void store(float* p, F x) { EARNEST_LANES p[i] = x.v[i]; }
-  static F add(F a, F b) { EARNEST_LANES a.v[i] += b.v[i]; return a; }
-  static F mul(F a, F b) { EARNEST_LANES a.v[i] *= b.v[i]; return a; }
-  static F neg(F a) { EARNEST_LANES a.v[i] = -a.v[i]; return a; }
-  static F fma(F a, F b, F c) { EARNEST_LANES c.v[i] = __builtin_fmaf(a.v[i], b.v[i], c.v[i]); return c; }
-  static F halves(const uint8_t* p) {
+  static F set1(float x) { return F{} + x; }
+  static F load(const float* p) { return loadAs<F>(p); }
+  static void store(float* p, F x) { __builtin_memcpy(p, &x, 64); }
+  static F add(F a, F b) { return a + b; }
+  static F mul(F a, F b) { return a * b; }
+  static F neg(F a) { return -a; }
+  __attribute__((noinline)) static F fma(F a, F b, F c) {
+    for (int i = 0; i < 16; ++i) c[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return c;
+  }
+  // Half floats: a normal one moves to float32's place for exponent and mantissa and gets the
+  // difference of the biases; below, the value is the integer times 2^-24; above, infinity or NaN.
+  __attribute__((noinline)) static F halves(const uint8_t* p) {
+    I h;
+    for (int i = 0; i < 16; ++i) h[i] = p[2 * i] | p[2 * i + 1] << 8;
+    const I magnitude = h & 0x7fff, sign = (h & 0x8000) << 16;
+    const I normal = (magnitude + ((127 - 15) << 10)) << 13;
+    const I small = reinterpret_cast<I>(__builtin_convertvector(magnitude, F) * 0x1p-24f);
+    const I huge = (magnitude << 13) | 0x7f800000;
+    const I bits = magnitude < 0x400 ? small : magnitude < 0x7c00 ? normal : huge;
+    return reinterpret_cast<F>(bits | sign);
+  }
+  __attribute__((noinline)) static F fromBytes(const uint8_t* p) {
     F r;
-    EARNEST_LANES {
-      uint16_t h;
-      __builtin_memcpy(&h, p + 2 * i, 2);
-      r.v[i] = halfToFloat(h);
-    }
+    for (int i = 0; i < 16; ++i) r[i] = p[i];
     return r;
   }
-  static F fromBytes(const uint8_t* p) { F r; EARNEST_LANES r.v[i] = p[i]; return r; }
-  static F fromSignedBytes(const uint8_t* p) {
+  __attribute__((noinline)) static F fromSignedBytes(const uint8_t* p) {
     F r;
-    EARNEST_LANES r.v[i] = static_cast<int8_t>(p[i]);
+    for (int i = 0; i < 16; ++i) r[i] = static_cast<int8_t>(p[i]);
     return r;
   }
   // Pairs of bf16, [row][2], to the even and the odd column.
   static void bf16Pair(const uint8_t* p, F& even, F& odd) {
-    EARNEST_LANES {
-      uint32_t pair;
-      __builtin_memcpy(&pair, p + 4 * i, 4);
-      const uint32_t low = pair << 16, high = pair & 0xffff0000u;
-      __builtin_memcpy(&even.v[i], &low, 4);
-      __builtin_memcpy(&odd.v[i], &high, 4);
-    }
+    const I pair = loadAs<I>(p);
+    even = reinterpret_cast<F>(pair << 16);
+    odd = reinterpret_cast<F>(pair & int32_t(0xffff0000));
   }
 
   static I zeroI() { return I{}; }
-  static I set1I(int32_t x) { I r; EARNEST_LANES r.v[i] = x; return r; }
-  static I addI(I a, I b) { EARNEST_LANES a.v[i] += b.v[i]; return a; }
-  static I shift7(I a) { EARNEST_LANES a.v[i] *= 128; return a; }
-  static F toFloat(I a) { F r; EARNEST_LANES r.v[i] = static_cast<float>(a.v[i]); return r; }
+  static I set1I(int32_t x) { return I{} + x; }
+  static I addI(I a, I b) { return a + b; }
+  static I shift7(I a) { return a << 7; }
+  static F toFloat(I a) { return __builtin_convertvector(a, F); }
 
-  static A broadcast(const int8_t* p) { A r; __builtin_memcpy(r.v, p, 4); return r; }
+  // 4 activations as 16-bit factors for the even and the odd bytes of every lane.
+  static A broadcast(const int8_t* p) {
+    const I even = I{} + int32_t(uint32_t(uint16_t(p[0])) | uint32_t(uint16_t(p[2])) << 16);
+    const I odd = I{} + int32_t(uint32_t(uint16_t(p[1])) | uint32_t(uint16_t(p[3])) << 16);
+    return {reinterpret_cast<Shorts>(even), reinterpret_cast<Shorts>(odd)};
+  }
 
-#define EARNEST_BYTES for (int i = 0; i < 64; ++i)
-  static B loadB(const uint8_t* p) { B r; __builtin_memcpy(r.v, p, 64); return r; }
-  static void storeB(uint8_t* p, B b) { __builtin_memcpy(p, b.v, 64); }
-  static B lowNibbles(B b) { EARNEST_BYTES b.v[i] &= 15; return b; }
-  static B highNibbles(B b) { EARNEST_BYTES b.v[i] >>= 4; return b; }
-  static B flipSign(B b) { EARNEST_BYTES b.v[i] ^= 0x80; return b; }
+  static B loadB(const uint8_t* p) { return loadAs<B>(p); }
+  static void storeB(uint8_t* p, B b) { __builtin_memcpy(p, &b, 64); }
+  static B lowNibbles(B b) { return b & 15; }
+  static B highNibbles(B b) { return b >> 4; }
+  static B flipSign(B b) { return b ^ 0x80; }
   // b | (field `at` of width bits of h) << 4
   template <int kAt, int kWidth>
   static B withHigh(B b, B h) {
-    EARNEST_BYTES b.v[i] |= static_cast<uint8_t>((h.v[i] >> kAt & ((1 << kWidth) - 1)) << 4);
-    return b;
+    constexpr uint8_t kMask = (1 << kWidth) - 1;
+    return b | ((h >> kAt) & kMask) << 4;
   }
   // Six-bit scales and minima of 4 runs from their nibbles and upper bits (docs/formats/panel.md).
   template <int kAt>
   static void sixBit(B low, B high, uint8_t* scales, uint8_t* minima) {
-    EARNEST_BYTES {
-      scales[i] = static_cast<uint8_t>((low.v[i] & 15) | (high.v[i] >> kAt & 3) << 4);
-      minima[i] = static_cast<uint8_t>((low.v[i] >> 4) | (high.v[i] >> (kAt + 2) & 3) << 4);
-    }
+    storeB(scales, withHigh<kAt, 2>(lowNibbles(low), high));
+    storeB(minima, withHigh<kAt + 2, 2>(highNibbles(low), high));
   }
 
   // Exact integer sum over groups of 4 columns. Weights are at most kMax, and signed if kSigned.
+  // A product fits 16 bits: 255 * 127 = 32385.
   template <int kMax, bool kSigned>
   struct Sum {
     I v = {};
+    static I pairs(Shorts product) {
+      const I both = reinterpret_cast<I>(product);
+      return (both << 16 >> 16) + (both >> 16);
+    }
     template <int kGroup>
-    void add(B w, A a) {
-      EARNEST_LANES for (int j = 0; j < 4; ++j) {
-        const int32_t x = kSigned ? static_cast<int8_t>(w.v[4 * i + j]) : w.v[4 * i + j];
-        v.v[i] += x * a.v[j];
+    void add(B w, const A& a) {
+      const Shorts bytes = reinterpret_cast<Shorts>(w);
+      Shorts even, odd;
+      if constexpr (kSigned) {
+        even = bytes << 8 >> 8;
+        odd = bytes >> 8;
+      } else {
+        even = bytes & 255;
+        odd = reinterpret_cast<Shorts>(reinterpret_cast<UnsignedShorts>(w) >> 8);
       }
+      v += pairs(even * a.even) + pairs(odd * a.odd);
     }
     I total() const { return v; }
   };
-#undef EARNEST_BYTES
-#undef EARNEST_LANES
 };
 
 }  // namespace

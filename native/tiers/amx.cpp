@@ -3,7 +3,7 @@
 #include "kernels/vec_avx512.h"
 
 #include "kernels/amx.inl"
+
 #include "kernels/table.inl"
 
-#define EARNEST_PEAK peakTiles
-EARNEST_TABLE(kAmx, "amx")
+EARNEST_TABLE(kAmx, "amx", peakTiles)

@@ -1,6 +1,6 @@
 // Any processor: plain C++.
 #include "kernels/vec_generic.h"
+#include "kernels/matmul.inl"
 #include "kernels/table.inl"
 
-#define EARNEST_PEAK peakIntegers
-EARNEST_TABLE(kGeneric, "generic")
+EARNEST_TABLE(kGeneric, "generic", peakIntegers)

@@ -23,6 +23,7 @@ class Variable:
 
 VARIABLES = (
     Variable("EARNEST_CACHE", "~/.cache/earnest", "folder for fetched models"),
+    Variable("EARNEST_ISA", "the best", "instruction-set tier of the kernels; can only lower it"),
     Variable("EARNEST_MEMORY_GIB", "half of the free memory", "GiB that decoded weights may take"),
     Variable("EARNEST_OFFLINE", "0", "1: never use the network; fail instead of fetching"),
 )
@@ -46,6 +47,11 @@ def offline() -> bool:
     if value not in ("", "0", "1"):
         raise UserError("EARNEST_OFFLINE is not a switch", got=value, expected="0 or 1")
     return value == "1"
+
+
+def isa_cap() -> str | None:
+    """The instruction-set tier not to go above (`EARNEST_ISA`), or None; the runner checks it."""
+    return os.environ.get("EARNEST_ISA") or None
 
 
 def memory_budget() -> int:

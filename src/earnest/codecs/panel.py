@@ -279,12 +279,11 @@ def _block_panel(
     name: str,
     bits: int,
     head: list[tuple[int, int]],
-    split: Callable[[Bytes], Parts],
     join: Callable[[list[Bytes], Bytes], Bytes],
 ) -> Panel:
     """A panel block: each part of the head as `[item][row][bytes of an item]`, then the weights,
     32 columns at a time. `head` gives (items, bytes of an item) of each part."""
-    codec = CODECS[name]
+    codec, split = CODECS[name], _SPLIT[name]
     runs = codec.block_weights // 32
     head_bytes = sum(PANEL_ROWS * items * size for items, size in head)
 
@@ -323,6 +322,24 @@ def _plain_panel(name: str, together: int) -> Panel:
     return Panel(codec, PANEL_COLUMNS, PANEL_ROWS * count * unit, pack, unpack)
 
 
+_SPLIT: dict[str, Callable[[Bytes], Parts]] = {
+    "q8_0": _split_q8_0,
+    "q4_0": _split_legacy(1, False),
+    "q4_1": _split_legacy(2, False),
+    "q5_0": _split_legacy(1, True),
+    "q5_1": _split_legacy(2, True),
+    "q4_k": _split_q4_k,
+    "q5_k": _split_q5_k,
+    "q6_k": _split_q6_k,
+}
+
+
+def panel_parts(name: str, blocks: Bytes) -> Parts:
+    """A block codec's blocks, `uint8 [..., block_bytes]`, taken apart as the panel stores them:
+    the parts of the head `[..., items, bytes]` in order, and the weights `uint8 [..., weights]`."""
+    return _SPLIT[name](blocks)
+
+
 _SIX_BIT = [(1, 2), (1, 2), (8, 1), (4, 1)]
 
 PANELS: dict[str, Panel] = {
@@ -331,14 +348,14 @@ PANELS: dict[str, Panel] = {
         _plain_panel("f32", 1),
         _plain_panel("f16", 1),
         _plain_panel("bf16", 2),
-        _block_panel("q8_0", 8, [(1, 2)], _split_q8_0, _join_q8_0),
-        _block_panel("q4_0", 4, [(1, 2)], _split_legacy(1, False), _join_legacy(False)),
-        _block_panel("q4_1", 4, [(1, 2)] * 2, _split_legacy(2, False), _join_legacy(False)),
-        _block_panel("q5_0", 5, [(1, 2)], _split_legacy(1, True), _join_legacy(True)),
-        _block_panel("q5_1", 5, [(1, 2)] * 2, _split_legacy(2, True), _join_legacy(True)),
-        _block_panel("q4_k", 4, _SIX_BIT, _split_q4_k, _join_q4_k),
-        _block_panel("q5_k", 5, _SIX_BIT, _split_q5_k, _join_q5_k),
-        _block_panel("q6_k", 6, [(1, 2), (16, 1)], _split_q6_k, _join_q6_k),
+        _block_panel("q8_0", 8, [(1, 2)], _join_q8_0),
+        _block_panel("q4_0", 4, [(1, 2)], _join_legacy(False)),
+        _block_panel("q4_1", 4, [(1, 2)] * 2, _join_legacy(False)),
+        _block_panel("q5_0", 5, [(1, 2)], _join_legacy(True)),
+        _block_panel("q5_1", 5, [(1, 2)] * 2, _join_legacy(True)),
+        _block_panel("q4_k", 4, _SIX_BIT, _join_q4_k),
+        _block_panel("q5_k", 5, _SIX_BIT, _join_q5_k),
+        _block_panel("q6_k", 6, [(1, 2), (16, 1)], _join_q6_k),
     )
 }
 

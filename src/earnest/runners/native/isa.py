@@ -1,0 +1,85 @@
+"""Which instruction-set tier the kernels run in, and what is lost where there are no kernels."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from functools import cache
+from typing import Any
+
+from earnest import env
+from earnest.errors import MissingPackageError, UserError
+
+WITHOUT_KERNELS = (
+    "earnest was installed without its compiled kernels, because no C++ compiler was found\n"
+    "  costs:    models run in numpy, tens of times slower and with several times the memory\n"
+    "  to do:    install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install)\n"
+    "            and run: pip install --force-reinstall --no-deps earnest"
+)
+
+
+@cache
+def _load() -> Any | None:
+    try:
+        return importlib.import_module("earnest._native")
+    except ModuleNotFoundError as missing:
+        if missing.name != "earnest._native":
+            raise
+        return None
+
+
+def installed() -> bool:
+    """Whether this installation has the compiled kernels."""
+    return _load() is not None
+
+
+@cache
+def warn_without_kernels() -> bool:
+    """Say once, if there are no kernels, what that costs and how to mend it; True if so."""
+    if installed():
+        return False
+    warnings.warn(WITHOUT_KERNELS, RuntimeWarning, stacklevel=3)
+    return True
+
+
+def native() -> Any:
+    """The compiled module.
+
+    Raises:
+        MissingPackageError: this installation has none.
+    """
+    module = _load()
+    if module is None:
+        raise MissingPackageError(WITHOUT_KERNELS)
+    return module
+
+
+def compiled_tiers() -> list[str]:
+    """Every tier of this build, lowest first."""
+    return list(native().compiled_tiers())
+
+
+def available_tiers() -> list[str]:
+    """The tiers that this processor and operating system can run, lowest first."""
+    return list(native().available_tiers())
+
+
+def tier() -> str:
+    """The tier in use: the best available, or a lower one named by `EARNEST_ISA`.
+
+    Raises:
+        UserError: `EARNEST_ISA` names no tier of this build, or one that this machine cannot run.
+        MissingPackageError: there are no compiled kernels.
+    """
+    available = available_tiers()
+    cap = env.isa_cap()
+    if cap is None:
+        return available[-1]
+    if cap not in available:
+        raise UserError(
+            "EARNEST_ISA names no instruction-set tier that can be used here",
+            got=cap,
+            expected="one of: " + ", ".join(available),
+            remedy="the variable can only lower the tier; unset it to use the best",
+        )
+    return cap

@@ -1,0 +1,42 @@
+"""The tier in use, and how it can be lowered."""
+
+from __future__ import annotations
+
+import pytest
+
+from earnest.errors import MissingPackageError, UserError
+from earnest.runners.native import isa, ops
+
+needs_kernels = pytest.mark.skipif(
+    not isa.installed(), reason="the compiled kernels are not installed"
+)
+
+
+@needs_kernels
+def test_the_variable_only_lowers(monkeypatch: pytest.MonkeyPatch) -> None:
+    available = isa.available_tiers()
+    monkeypatch.delenv("EARNEST_ISA", raising=False)
+    assert isa.tier() == available[-1]
+    monkeypatch.setenv("EARNEST_ISA", "generic")
+    assert isa.tier() == "generic"
+    for name in [*set(isa.compiled_tiers()) - set(available), "sse9"]:
+        monkeypatch.setenv("EARNEST_ISA", name)
+        with pytest.raises(UserError, match="EARNEST_ISA"):
+            isa.tier()
+
+
+@needs_kernels
+def test_tiers_are_a_ladder_from_generic() -> None:
+    assert isa.available_tiers()[0] == "generic"
+    assert set(isa.available_tiers()) <= set(isa.compiled_tiers())
+
+
+def test_without_kernels_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "_load", lambda: None)
+    isa.warn_without_kernels.cache_clear()
+    with pytest.warns(RuntimeWarning, match="without its compiled kernels"):
+        assert isa.warn_without_kernels()
+    assert isa.warn_without_kernels()
+    isa.warn_without_kernels.cache_clear()
+    with pytest.raises(MissingPackageError, match="C\\+\\+ compiler"):
+        ops.usable_threads()

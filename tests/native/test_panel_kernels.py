@@ -1,0 +1,193 @@
+"""Every kernel in every tier that this machine can run gives the numpy twin's bits, whatever the
+number of threads, the batch, and the rows it is given together with."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from earnest.codecs import CODECS
+from earnest.codecs.panel import PANELS, panel
+from earnest.errors import UserError
+from earnest.runners.native import isa, ops, twin
+
+if not isa.installed():
+    pytest.skip("the compiled kernels are not installed", allow_module_level=True)
+
+TIERS = isa.available_tiers()
+BLOCKS = [name for name in PANELS if not CODECS[name].is_plain]
+PLAIN = [name for name in PANELS if CODECS[name].is_plain]
+
+
+def random_weights(name: str, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Random bits, with half floats that are finite and of one size."""
+    rng = np.random.default_rng(seed)
+    codec = CODECS[name]
+    if name in PLAIN:
+        assert codec.encode is not None
+        return codec.encode(rng.standard_normal((rows, columns)).astype(np.float32))
+    raw = rng.integers(0, 256, (rows, columns // codec.block_weights, codec.block_bytes), np.uint8)
+    places = {"q6_k": [208], "q8_0": [0], "q4_0": [0], "q5_0": [0]}.get(name, [0, 2])
+    for at in places:
+        half = rng.uniform(-0.1, 0.1, raw.shape[:2]).astype("<f2")
+        raw[..., at : at + 2] = half[..., None].view(np.uint8)
+    return raw.reshape(rows, -1)
+
+
+def activations(tokens: int, columns: int, seed: int = 1) -> np.ndarray:
+    """Like a model's: mostly small, some channels a hundred times larger, one row of zeros."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((tokens, columns)).astype(np.float32)
+    x[:, rng.integers(0, columns, 3)] *= 100
+    x[tokens // 2, : columns // 2] = 0
+    return x
+
+
+def as_tier(x: np.ndarray, name: str, tier: str) -> np.ndarray:
+    """The tiles' bf16 activations."""
+    if tier == "amx" and name == "bf16":
+        codec = CODECS["bf16"]
+        assert codec.encode is not None
+        return codec.decode(codec.encode(x))
+    return x
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("planes", [1, 2])
+def test_quantised_activations_equal_the_twin(tier: str, planes: int) -> None:
+    x = activations(9, 192)
+    x[0, 5] = np.nan
+    x[1, 40] = np.inf
+    x[2, :32] = 1e-38
+    x[3] *= 1e30
+    x[4, :32] = np.arange(32) - 15.5  # ties
+    values, blocks = ops.quantize(x, planes, tier=tier)
+    v, scale = twin.quantize(x, planes)
+    both = values.astype(np.int64)
+    integers = both[..., 0, :] if planes == 1 else 128 * both[..., 0, :] + both[..., 1, :]
+    assert np.array_equal(integers, v)
+    assert np.array_equal(blocks["scale"], scale, equal_nan=True)
+    assert np.array_equal(blocks["sum"], v.sum(-1))
+    assert np.array_equal(blocks["sum_first"], v[..., :16].sum(-1))
+    if planes == 2:
+        assert np.abs(both[..., 1, :]).max() <= 64
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+def test_quantised_activations_lose_little(planes: int) -> None:
+    x = activations(20, 320)
+    v, scale = twin.quantize(x, planes)
+    error = np.abs(v * scale[..., None] - x.reshape(20, -1, 32))
+    assert (error <= 0.5001 * scale[..., None]).all()
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("name", BLOCKS)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 18])
+def test_block_codecs_equal_the_twin(tier: str, name: str, planes: int, tokens: int) -> None:
+    rows, columns = 53, 768 if CODECS[name].block_weights == 256 else 288
+    raw, x = random_weights(name, rows, columns), activations(tokens, columns)
+    packed = panel(name).pack(raw, columns)
+    out = ops.matmul(packed, name, rows, x, planes=planes, tier=tier)
+    assert np.array_equal(out, twin.matmul_blocks(raw, CODECS[name], x, planes))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize(("tokens", "columns"), [(1, 96), (2, 70), (5, 96), (19, 64)])
+def test_plain_codecs_equal_the_twin(tier: str, name: str, tokens: int, columns: int) -> None:
+    rows = 37
+    raw, x = random_weights(name, rows, columns), activations(tokens, columns)
+    packed = panel(name).pack(raw, columns)
+    out = ops.matmul(packed, name, rows, x, tier=tier)
+    decoded = CODECS[name].decode(raw)
+    assert np.array_equal(out, twin.matmul_plain(decoded, as_tier(x, name, tier)))
+
+
+@pytest.mark.parametrize("planes", [1, 2])
+@pytest.mark.parametrize("name", PANELS)
+def test_the_twin_computes_the_product(name: str, planes: int) -> None:
+    """Within the error of rounding the activations: the twin is not wrong in the same way."""
+    rows, columns = 40, 768
+    raw, x = random_weights(name, rows, columns), activations(6, columns)
+    exact = x.astype(np.float64) @ CODECS[name].decode(raw).astype(np.float64).T
+    if name in PLAIN:
+        out, budget = twin.matmul_plain(CODECS[name].decode(raw), x), 2e-6
+    else:
+        out = twin.matmul_blocks(raw, CODECS[name], x, planes)
+        budget = 2e-2 if planes == 1 else 2e-4
+    error = np.sqrt(((out - exact) ** 2).mean() / (exact**2).mean())
+    assert error < budget
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", PANELS)
+def test_threads_batch_and_chunks_do_not_matter(tier: str, name: str) -> None:
+    rows, columns, tokens = 203, 512, 23
+    raw, x = random_weights(name, rows, columns), activations(tokens, columns)
+    packed = panel(name).pack(raw, columns)
+    whole = ops.matmul(packed, name, rows, x, tier=tier)
+    for workers in range(2, 9):
+        pool = ops.thread_pool(workers)
+        assert np.array_equal(ops.matmul(packed, name, rows, x, tier=tier, pool=pool), whole)
+    pool = ops.thread_pool(2)
+    for size in range(1, 10):
+        for start in range(0, tokens, size):
+            part = x[start : start + size]
+            out = ops.matmul(packed, name, rows, part, tier=tier, pool=pool)
+            assert np.array_equal(out, whole[start : start + size])
+    select = np.random.default_rng(3).integers(0, tokens, 31).astype(np.int32)
+    for some in (select, select[:4], select[:1]):
+        out = ops.matmul(packed, name, rows, x, tier=tier, select=some)
+        assert np.array_equal(out, whole[some])
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", ["q4_0", "q8_0", "q6_k", "q5_k", "bf16"])
+def test_extreme_weights_do_not_overflow(tier: str, name: str) -> None:
+    """All bits set or clear, with the largest activations: sums inside a block stay exact."""
+    rows, columns = 32, 256
+    for fill in (0, 127, 128, 255):
+        raw = random_weights(name, rows, columns).view(np.uint8)
+        keep = random_weights(name, rows, columns).view(np.uint8).copy()
+        if name == "bf16":
+            continue
+        raw[:] = fill
+        blocks, kept = (a.reshape(rows, -1, CODECS[name].block_bytes) for a in (raw, keep))
+        halves = {"q6_k": slice(208, 210), "q5_k": slice(0, 4)}.get(name, slice(0, 2))
+        blocks[..., halves] = kept[..., halves]
+        for sign in (1.0, -1.0):
+            x = np.full((9, columns), sign, np.float32)
+            x[:, 1::2] *= -1 if fill == 127 else 1
+            packed = panel(name).pack(raw, columns)
+            for planes in (1, 2):
+                out = ops.matmul(packed, name, rows, x, planes=planes, tier=tier)
+                assert np.array_equal(out, twin.matmul_blocks(raw, CODECS[name], x, planes))
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("name", ["q4_0", "q6_k", "f32"])
+def test_a_nan_is_seen_in_its_row_and_in_no_other(tier: str, name: str) -> None:
+    raw, x = random_weights(name, 32, 256), activations(9, 256)
+    x[4, 100] = np.nan
+    out = ops.matmul(panel(name).pack(raw, 256), name, 32, x, tier=tier)
+    assert np.isnan(out[4]).all()
+    assert np.isfinite(np.delete(out, 4, axis=0)).all()
+
+
+def test_refusals() -> None:
+    packed = panel("q4_0").pack(random_weights("q4_0", 32, 64), 64)
+    x = activations(2, 64)
+    with pytest.raises(UserError, match="fit"):
+        ops.matmul(packed, "q4_0", 64, x)
+    with pytest.raises(UserError, match="x is not an array"):
+        ops.matmul(packed, "q4_0", 32, x.astype(np.float64))
+    with pytest.raises(UserError, match="x is not an array"):
+        ops.matmul(packed, "q4_0", 32, np.asfortranarray(x))
+    with pytest.raises(UserError, match="selected rows"):
+        ops.matmul(packed, "q4_0", 32, x, select=np.array([2], np.int32))
+    with pytest.raises(UserError, match="quantised"):
+        ops.quantize(x[:, :40].copy(), 1)
+    with pytest.raises(UserError, match="threads"):
+        ops.thread_pool(0)
