@@ -9,6 +9,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#include "bind/model.h"
 #include "core/threadpool.h"
 #include "isa/isa.h"
 
@@ -177,6 +178,7 @@ uint64_t stressPool(ThreadPool& pool, int barriers) {
 }
 
 NB_MODULE(_native, module) {
+  bindModel(module);
   module.def("compiled_tiers", [] { return names(compiledTiers()); });
   module.def("available_tiers", [] { return names(availableTiers()); });
   module.def("usable_threads", &usableThreads);
