@@ -51,79 +51,57 @@ class BoundModel {
     require(model_.planes == kA8 || model_.planes == kA15, "planes must be 1 or 2");
   }
 
-  void addMatrix(const std::string& name, int codec, In<uint8_t, 2> panels, int64_t rows,
-                 int64_t columns) {
-    require(!step_, "the model is finished");
+  // A matrix that `place` will bring; its size is all that planning needs.
+  void addMatrix(const std::string& name, int codec, int64_t rows, int64_t columns) {
+    require(!step_, "the model is in use");
     require(codec >= 0 && codec < kCodecs, "codec number");
-    const PanelShape& shape = kPanelShapes[codec];
     const int64_t padded = roundUp(columns, kBlock);
-    require(columns > 0 && rows > 0 && padded % shape.block_columns == 0, name + ": columns");
-    const Matrix m{panels.data(), codec, rows, padded, nullptr};
+    require(columns > 0 && rows > 0 && padded % kPanelShapes[codec].block_columns == 0,
+            name + ": columns");
+    static const uint8_t kNotYet = 0;
+    matrices_[name] = {{&kNotYet, codec, rows, padded, nullptr}, columns, false};
+  }
+
+  void place(const std::string& name, In<uint8_t, 2> panels) {
+    require(!step_, "the model is in use");
+    const auto found = matrices_.find(name);
+    require(found != matrices_.end(), "no matrix " + name);
+    Matrix& m = found->second.matrix;
     require(int64_t(panels.shape(0)) == m.panelCount(), name + ": number of panels");
-    require(int64_t(panels.shape(1)) == panelBytes(codec, padded), name + ": bytes of a panel");
-    matrices_[name] = {m, columns};
+    require(int64_t(panels.shape(1)) == panelBytes(m.codec, m.columns), name + ": bytes of a panel");
+    m.panels = panels.data();
+    found->second.placed = true;
     kept_.push_back(nb::cast(panels));
   }
 
   void addVector(const std::string& name, In<float, 1> values) {
-    require(!step_, "the model is finished");
+    require(!step_, "the model is in use");
     vectors_[name] = {values.data(), int64_t(values.shape(0))};
     kept_.push_back(nb::cast(values));
   }
 
-  // All names are there: makes the layers and plans the scratch. Returns its bytes.
-  size_t finish(int kv_type, int64_t pages, int64_t page, int64_t max_tokens,
+  // Bytes of scratch. All names must be there; nothing is taken yet.
+  size_t plan(int kv_type, int64_t pages, int64_t page, int64_t max_tokens,
                 int64_t max_positions) {
-    require(!step_, "the model is finished");
+    require(!step_, "the model is in use");
     require(kv_type == kKvF32 || kv_type == kKvBf16, "KV type");
     require(pages > 0 && page > 0 && page % 16 == 0, "pages hold a multiple of 16 positions");
     require(max_tokens > 0 && max_positions > 0, "positive sizes");
-    const int64_t D = model_.hidden, Q = model_.qSize(), K = model_.kvSize();
-    model_.embedding = matrix("model.embed_tokens", model_.vocab, D);
-    model_.head = matrices_.count("lm_head") ? matrix("lm_head", model_.vocab, D)
-                                             : model_.embedding;
-    if (vectors_.count("lm_head.bias")) model_.head.bias = vector("lm_head.bias", model_.vocab);
-    model_.final_norm = vector("model.norm", D);
-    for (int64_t i = 0; i < layers_; ++i) {
-      const std::string prefix = "model.layers." + std::to_string(i) + ".";
-      Layer layer;
-      layer.input_norm = vector(prefix + "input_layernorm", D);
-      layer.post_norm = vector(prefix + "post_attention_layernorm", D);
-      layer.q = matrix(prefix + "self_attn.q_proj", Q, D);
-      layer.k = matrix(prefix + "self_attn.k_proj", K, D);
-      layer.v = matrix(prefix + "self_attn.v_proj", K, D);
-      layer.o = matrix(prefix + "self_attn.o_proj", D, Q);
-      const std::string mlp = prefix + "mlp.";
-      if (!matrices_.count(mlp + "gate")) {
-        layer.shared = feedForward(mlp);
-      } else {
-        const int64_t experts = matrices_[mlp + "gate"].matrix.rows;
-        require(model_.active >= 1 && model_.active <= experts, mlp + ": experts per token");
-        layer.router = matrix(mlp + "gate", experts, D);
-        require(layer.router.codec == kF32, mlp + "gate must be float32");
-        layer.correction = vector(mlp + "moe_statics.e_score_correction_bias", experts);
-        for (int64_t e = 0; e < experts; ++e) {
-          layer.experts.push_back(feedForward(mlp + "experts." + std::to_string(e) + "."));
-          require(layer.experts[e].gate.rows == layer.experts[0].gate.rows, mlp + "experts differ");
-        }
-        if (matrices_.count(mlp + "shared_experts.down_proj"))
-          layer.shared = feedForward(mlp + "shared_experts.");
-      }
-      model_.layers.push_back(std::move(layer));
-    }
     cache_ = {nullptr, kv_type, pages, page, model_.kv_heads, model_.channels};
     max_positions_ = max_positions;
     max_tokens_ = max_tokens;
-    const Step plan(model_, *kernels_, pool_, cache_, max_tokens, max_positions);
-    return plan.scratchBytes();
+    resolve();
+    return Step(model_, *kernels_, pool_, cache_, max_tokens, max_positions).scratchBytes();
   }
 
   int64_t kvBytes() const { return cache_.bytes(layers_); }
 
   void use(Out<uint8_t, 1> scratch, Out<uint8_t, 1> cache) {
-    require(!model_.layers.empty() && !step_, "finish first, use once");
+    require(max_tokens_ > 0 && !step_, "plan first, use once");
+    for (const auto& [name, named] : matrices_) require(named.placed, "no panels of " + name);
     require(int64_t(cache.shape(0)) == kvBytes(), "bytes of the KV cache");
     cache_.data = cache.data();
+    resolve();
     auto step =
         std::make_unique<Step>(model_, *kernels_, pool_, cache_, max_tokens_, max_positions_);
     const uintptr_t from = reinterpret_cast<uintptr_t>(scratch.data());
@@ -139,7 +117,7 @@ class BoundModel {
   void run(In<int32_t, 1> tokens, In<int32_t, 1> positions, In<int32_t, 1> starts,
            In<int32_t, 2> tables, In<int32_t, 1> rows, In<float, 2> cosines, In<float, 2> sines,
            Out<float, 2> logits, nb::object experts, nb::object weights) {
-    require(step_ != nullptr, "the model is not finished");
+    require(step_ != nullptr, "the model is not in use yet");
     StepInput in;
     in.tokens = tokens.shape(0);
     in.sequences = tables.shape(0);
@@ -201,7 +179,46 @@ class BoundModel {
   struct Named {
     Matrix matrix;
     int64_t columns;
+    bool placed;
   };
+
+  // From names to layers.
+  void resolve() {
+    const int64_t D = model_.hidden, Q = model_.qSize(), K = model_.kvSize();
+    model_.layers.clear();
+    model_.embedding = matrix("model.embed_tokens", model_.vocab, D);
+    model_.head = matrices_.count("lm_head") ? matrix("lm_head", model_.vocab, D)
+                                             : model_.embedding;
+    if (vectors_.count("lm_head.bias")) model_.head.bias = vector("lm_head.bias", model_.vocab);
+    model_.final_norm = vector("model.norm", D);
+    for (int64_t i = 0; i < layers_; ++i) {
+      const std::string prefix = "model.layers." + std::to_string(i) + ".";
+      Layer layer;
+      layer.input_norm = vector(prefix + "input_layernorm", D);
+      layer.post_norm = vector(prefix + "post_attention_layernorm", D);
+      layer.q = matrix(prefix + "self_attn.q_proj", Q, D);
+      layer.k = matrix(prefix + "self_attn.k_proj", K, D);
+      layer.v = matrix(prefix + "self_attn.v_proj", K, D);
+      layer.o = matrix(prefix + "self_attn.o_proj", D, Q);
+      const std::string mlp = prefix + "mlp.";
+      if (!matrices_.count(mlp + "gate")) {
+        layer.shared = feedForward(mlp);
+      } else {
+        const int64_t experts = matrices_[mlp + "gate"].matrix.rows;
+        require(model_.active >= 1 && model_.active <= experts, mlp + ": experts per token");
+        layer.router = matrix(mlp + "gate", experts, D);
+        require(layer.router.codec == kF32, mlp + "gate must be float32");
+        layer.correction = vector(mlp + "moe_statics.e_score_correction_bias", experts);
+        for (int64_t e = 0; e < experts; ++e) {
+          layer.experts.push_back(feedForward(mlp + "experts." + std::to_string(e) + "."));
+          require(layer.experts[e].gate.rows == layer.experts[0].gate.rows, mlp + "experts differ");
+        }
+        if (matrices_.count(mlp + "shared_experts.down_proj"))
+          layer.shared = feedForward(mlp + "shared_experts.");
+      }
+      model_.layers.push_back(std::move(layer));
+    }
+  }
 
   Matrix matrix(const std::string& name, int64_t rows, int64_t columns) {
     const auto found = matrices_.find(name);
@@ -247,9 +264,10 @@ void bindModel(nb::module_& module) {
       .def(nb::init<nb::object, const std::string&, nb::dict>(), nb::arg("pool"), nb::arg("tier"),
            nb::arg("numbers"))
       .def("matrix", &BoundModel::addMatrix, nb::arg("name"), nb::arg("codec"),
-           nb::arg("panels").noconvert(), nb::arg("rows"), nb::arg("columns"))
+           nb::arg("rows"), nb::arg("columns"))
+      .def("place", &BoundModel::place, nb::arg("name"), nb::arg("panels").noconvert())
       .def("vector", &BoundModel::addVector, nb::arg("name"), nb::arg("values").noconvert())
-      .def("finish", &BoundModel::finish, nb::arg("kv_type"), nb::arg("pages"), nb::arg("page"),
+      .def("plan", &BoundModel::plan, nb::arg("kv_type"), nb::arg("pages"), nb::arg("page"),
            nb::arg("max_tokens"), nb::arg("max_positions"))
       .def_prop_ro("kv_bytes", &BoundModel::kvBytes)
       .def("use", &BoundModel::use, nb::arg("scratch").noconvert(), nb::arg("cache").noconvert())

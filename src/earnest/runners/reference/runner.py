@@ -5,7 +5,6 @@ is taken, and leaves the arithmetic to `model.py`.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -14,8 +13,9 @@ from earnest import env
 from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.config import ErnieConfig
-from earnest.errors import MemoryBudgetError, PromptError, UserError
+from earnest.errors import MemoryBudgetError, UserError
 from earnest.runners.base import Batch, Float32, Routing
+from earnest.runners.check import check_at_least, check_batch
 from earnest.runners.reference.model import Arithmetic, KVCache, Model
 from earnest.runners.reference.weights import Weights
 
@@ -58,9 +58,9 @@ class ReferenceRunner:
         config = checkpoint.config
         layers = config.num_hidden_layers if num_layers is None else num_layers
         budget = env.memory_budget() if memory_budget is None else memory_budget
-        _check_at_least("num_blocks", num_blocks, 1)
-        _check_at_least("block_size", block_size, 1)
-        _check_at_least("memory_budget", budget, 0)
+        check_at_least("num_blocks", num_blocks, 1)
+        check_at_least("block_size", block_size, 1)
+        check_at_least("memory_budget", budget, 0)
         if not 1 <= layers <= config.num_hidden_layers:
             raise UserError(
                 "num_layers is out of range",
@@ -107,7 +107,7 @@ class ReferenceRunner:
             PromptError: a token id is outside the vocabulary, or a position outside the context.
             UserError: the batch contradicts itself or the KV blocks; nothing has been stored.
         """
-        self._check(batch)
+        check_batch(batch, self._config, self._block_size, self._num_blocks)
         if len(batch.tokens) <= PIECE_TOKENS:
             return self.model.logits(batch, self.cache, routing)
         logits_RV = np.empty((len(batch.logits_rows), self._config.vocab_size), np.float32)
@@ -121,106 +121,6 @@ class ReferenceRunner:
                 weights = np.concatenate([part.weights for part in layers])
                 routing.append(Routing(layers[0].layer, experts, weights))
         return logits_RV
-
-    def _check(self, batch: Batch) -> None:
-        arrays = {
-            "tokens": (batch.tokens, 1),
-            "positions": (batch.positions, 1),
-            "sequence_starts": (batch.sequence_starts, 1),
-            "block_tables": (batch.block_tables, 2),
-            "logits_rows": (batch.logits_rows, 1),
-        }
-        for name, (array, dimensions) in arrays.items():
-            if array.ndim != dimensions or not np.issubdtype(array.dtype, np.integer):
-                raise UserError(
-                    f"Batch.{name} has the wrong kind of array",
-                    got=f"{array.dtype} {list(array.shape)}",
-                    expected=f"int32 of {dimensions} dimension{'s' * (dimensions > 1)}",
-                )
-        T, starts, tables = len(batch.tokens), batch.sequence_starts, batch.block_tables
-        if T == 0:
-            raise PromptError("the batch has no tokens", expected="at least one")
-        if len(batch.positions) != T:
-            raise UserError(
-                "Batch.positions must have one entry per token",
-                got=len(batch.positions),
-                expected=T,
-            )
-        if len(starts) < 2 or starts[0] != 0 or starts[-1] != T or np.any(np.diff(starts) < 0):
-            raise UserError(
-                "Batch.sequence_starts does not divide the tokens into sequences",
-                got=starts.tolist(),
-                expected=f"0, ..., {T}, never decreasing",
-            )
-        if len(tables) != len(starts) - 1:
-            raise UserError(
-                "Batch.block_tables must have one row per sequence",
-                got=len(tables),
-                expected=len(starts) - 1,
-            )
-        self._check_inside("Batch.logits_rows", batch.logits_rows, T, "rows", UserError)
-        self._check_inside(
-            "token id", batch.tokens, self._config.vocab_size, "the vocabulary", PromptError
-        )
-        self._check_inside(
-            "position",
-            batch.positions,
-            self._config.max_position_embeddings,
-            "the context",
-            PromptError,
-        )
-        written: list[npt.NDArray[np.int64]] = []
-        for sequence, (start, stop) in enumerate(pairwise(starts.tolist())):
-            if start == stop:
-                continue
-            positions = batch.positions[start:stop].astype(np.int64)
-            if np.any(np.diff(positions) != 1):
-                raise UserError(
-                    f"the positions of sequence {sequence} are not consecutive",
-                    got=positions[:16].tolist(),
-                    expected="each one more than the one before",
-                )
-            needed = int(positions[-1]) // self._block_size + 1
-            table = tables[sequence, :needed]
-            if len(table) < needed or np.any((table < 0) | (table >= self._num_blocks)):
-                raise UserError(
-                    f"the block table of sequence {sequence} does not cover its positions",
-                    got=f"{len(tables[sequence])} entries, {table[:16].tolist()} first",
-                    expected=f"{needed} block ids from 0 to {self._num_blocks - 1}",
-                )
-            if len(np.unique(table)) < needed:
-                raise UserError(
-                    f"the block table of sequence {sequence} names a block twice",
-                    got=table[:16].tolist(),
-                )
-            slots = self.cache.slots(table, int(positions[-1]) + 1)
-            written.append(slots[len(slots) - len(positions) :])
-        if len(np.unique(np.concatenate(written))) < T:
-            raise UserError(
-                "two sequences of the batch write to the same KV block position",
-                remedy="share only blocks that are already filled",
-            )
-
-    @staticmethod
-    def _check_inside(
-        what: str,
-        values: npt.NDArray[np.integer],
-        limit: int,
-        where: str,
-        error: type[UserError],
-    ) -> None:
-        outside = values[(values < 0) | (values >= limit)]
-        if len(outside):
-            raise error(
-                f"{what} outside {where}",
-                got=f"{outside[0]}" + (f" and {len(outside) - 1} more" * (len(outside) > 1)),
-                expected=f"0 to {limit - 1}",
-            )
-
-
-def _check_at_least(name: str, value: int, least: int) -> None:
-    if value < least:
-        raise UserError(f"{name} is out of range", got=value, expected=f"at least {least}")
 
 
 def _kv_bytes(config: ErnieConfig, num_layers: int, positions: int) -> int:

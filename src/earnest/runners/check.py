@@ -1,0 +1,118 @@
+"""Whether a batch makes sense, for every runner: what it is checked for, and how it is refused."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+import numpy.typing as npt
+
+from earnest.config import ErnieConfig
+from earnest.errors import PromptError, UserError
+from earnest.runners.base import Batch
+
+
+def check_batch(batch: Batch, config: ErnieConfig, block_size: int, num_blocks: int) -> None:
+    """Refuse a batch that contradicts itself, the model or the KV blocks.
+
+    Raises:
+        PromptError: a token id is outside the vocabulary, or a position outside the context.
+        UserError: anything else.
+    """
+    arrays = {
+        "tokens": (batch.tokens, 1),
+        "positions": (batch.positions, 1),
+        "sequence_starts": (batch.sequence_starts, 1),
+        "block_tables": (batch.block_tables, 2),
+        "logits_rows": (batch.logits_rows, 1),
+    }
+    for name, (array, dimensions) in arrays.items():
+        if array.ndim != dimensions or not np.issubdtype(array.dtype, np.integer):
+            raise UserError(
+                f"Batch.{name} has the wrong kind of array",
+                got=f"{array.dtype} {list(array.shape)}",
+                expected=f"int32 of {dimensions} dimension{'s' * (dimensions > 1)}",
+            )
+    T, starts, tables = len(batch.tokens), batch.sequence_starts, batch.block_tables
+    if T == 0:
+        raise PromptError("the batch has no tokens", expected="at least one")
+    if len(batch.positions) != T:
+        raise UserError(
+            "Batch.positions must have one entry per token",
+            got=len(batch.positions),
+            expected=T,
+        )
+    if len(starts) < 2 or starts[0] != 0 or starts[-1] != T or np.any(np.diff(starts) < 0):
+        raise UserError(
+            "Batch.sequence_starts does not divide the tokens into sequences",
+            got=starts.tolist(),
+            expected=f"0, ..., {T}, never decreasing",
+        )
+    if len(tables) != len(starts) - 1:
+        raise UserError(
+            "Batch.block_tables must have one row per sequence",
+            got=len(tables),
+            expected=len(starts) - 1,
+        )
+    _check_inside("Batch.logits_rows", batch.logits_rows, T, "rows", UserError)
+    _check_inside("token id", batch.tokens, config.vocab_size, "the vocabulary", PromptError)
+    _check_inside(
+        "position", batch.positions, config.max_position_embeddings, "the context", PromptError
+    )
+    written: list[npt.NDArray[np.int64]] = []
+    for sequence, (start, stop) in enumerate(pairwise(starts.tolist())):
+        if start == stop:
+            continue
+        positions = batch.positions[start:stop].astype(np.int64)
+        if np.any(np.diff(positions) != 1):
+            raise UserError(
+                f"the positions of sequence {sequence} are not consecutive",
+                got=positions[:16].tolist(),
+                expected="each one more than the one before",
+            )
+        needed = int(positions[-1]) // block_size + 1
+        table = tables[sequence, :needed]
+        if len(table) < needed or np.any((table < 0) | (table >= num_blocks)):
+            raise UserError(
+                f"the block table of sequence {sequence} does not cover its positions",
+                got=f"{len(tables[sequence])} entries, {table[:16].tolist()} first",
+                expected=f"{needed} block ids from 0 to {num_blocks - 1}",
+            )
+        if len(np.unique(table)) < needed:
+            raise UserError(
+                f"the block table of sequence {sequence} names a block twice",
+                got=table[:16].tolist(),
+            )
+        block = table[positions // block_size].astype(np.int64)
+        written.append(block * block_size + positions % block_size)
+    if len(np.unique(np.concatenate(written))) < T:
+        raise UserError(
+            "two sequences of the batch write to the same KV block position",
+            remedy="share only blocks that are already filled",
+        )
+
+
+def check_at_least(name: str, value: int, least: int) -> None:
+    """Refuse an argument below `least`.
+
+    Raises:
+        UserError: it is.
+    """
+    if value < least:
+        raise UserError(f"{name} is out of range", got=value, expected=f"at least {least}")
+
+
+def _check_inside(
+    what: str,
+    values: npt.NDArray[np.integer],
+    limit: int,
+    where: str,
+    error: type[UserError],
+) -> None:
+    outside = values[(values < 0) | (values >= limit)]
+    if len(outside):
+        raise error(
+            f"{what} outside {where}",
+            got=f"{outside[0]}" + (f" and {len(outside) - 1} more" * (len(outside) > 1)),
+            expected=f"0 to {limit - 1}",
+        )

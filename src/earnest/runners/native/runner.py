@@ -1,0 +1,209 @@
+"""`NativeRunner`: the compiled forward step behind the Runner protocol.
+
+Python checks the batch, computes the rotary angles and owns the memory; everything else is one C++
+call a step, outside the interpreter lock. For one instruction-set tier the logits of a sequence are
+the same bits whatever the number of threads, the batch it shares a step with and the way its tokens
+were divided into steps.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import numpy as np
+
+from earnest import env
+from earnest.checkpoint.checkpoint import Checkpoint
+from earnest.codecs.bits import Bytes
+from earnest.config import ErnieConfig
+from earnest.errors import MemoryBudgetError, UserError
+from earnest.log import Progress, logger, silent
+from earnest.runners.base import Batch, Float32, Routing
+from earnest.runners.check import check_at_least, check_batch
+from earnest.runners.native import isa, ops
+from earnest.runners.native.packing import Packing, Plain, plan_packing
+from earnest.runners.reference.model import inverse_frequencies, rotations
+
+# Tokens run at once, to bound the scratch; longer batches are run in pieces, with the same result.
+PIECE_TOKENS = 1024
+# Positions that the kernels read side by side: a KV block must be whole runs of them.
+POSITIONS_TOGETHER = 16
+
+_KV_TYPES = {"f32": 0, "bf16": 1}
+
+KvType = Literal["bf16", "f32"]
+
+
+class NativeRunner:
+    """Runs a checkpoint with the compiled kernels (a `runners.base.Runner`).
+
+    Args:
+        checkpoint: the model; its matrices are packed into memory as panels.
+        num_blocks: KV blocks; memory for them is taken when they are first written.
+        block_size: positions per KV block, a multiple of 16.
+        threads: threads to use; all that this process may use by default.
+        memory_budget: bytes that the panels may take; by default what is free beside the KV blocks
+            and the scratch.
+        plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
+        kv: how keys and values are kept.
+        activation_bits: 8 or 15: how finely activations are rounded where they meet block codecs.
+        tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
+        progress: told how far packing is.
+
+    Raises:
+        MissingPackageError: this installation has no compiled kernels.
+        UserError: an argument is out of range.
+        MemoryBudgetError: weights, KV blocks and scratch do not fit into the free memory.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        *,
+        num_blocks: int,
+        block_size: int = 32,
+        threads: int | None = None,
+        memory_budget: int | None = None,
+        plain: Plain | None = None,
+        kv: KvType = "bf16",
+        activation_bits: Literal[8, 15] = 8,
+        tier: str | None = None,
+        progress: Progress = silent,
+    ) -> None:
+        config = checkpoint.config
+        native = isa.native()
+        check_at_least("num_blocks", num_blocks, 1)
+        check_at_least("block_size", block_size, 1)
+        if block_size % POSITIONS_TOGETHER:
+            raise UserError(
+                "block_size does not suit the native runner",
+                got=block_size,
+                expected=f"a multiple of {POSITIONS_TOGETHER}",
+            )
+        if memory_budget is not None:
+            check_at_least("memory_budget", memory_budget, 0)
+        if kv not in _KV_TYPES or activation_bits not in (8, 15):
+            raise UserError(
+                "the native runner has no such number format",
+                got=f"kv={kv!r}, activation_bits={activation_bits!r}",
+                expected=f"kv {' or '.join(_KV_TYPES)}, activation_bits 8 or 15",
+            )
+        if num_blocks > 2**31 - 1:
+            raise UserError("num_blocks is out of range", got=num_blocks, expected="32 bits")
+        self._config, self._block_size, self._num_blocks = config, block_size, num_blocks
+        self._inverse_F = inverse_frequencies(config.head_dim, config.rope_theta)
+        self._moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
+        self.pool = ops.thread_pool(threads)
+        self.tier = tier or isa.tier()
+        packing = plan_packing(checkpoint, plain=plain)
+        self._model: Any = native.Model(
+            self.pool, self.tier, _numbers(config, planes=1 if activation_bits == 8 else 2)
+        )
+        for matrix in packing.matrices:
+            self._model.matrix(matrix.name, ops._codec_numbers()[matrix.codec], *matrix.tensor.shape)
+        for name, values in packing.vectors.items():
+            self._model.vector(name, values)
+        positions = min(config.max_position_embeddings, num_blocks * block_size)
+        scratch = self._model.plan(
+            _KV_TYPES[kv], num_blocks, block_size, PIECE_TOKENS, positions
+        )
+        self.weight_bytes = packing.nbytes
+        self.kv_bytes: int = self._model.kv_bytes
+        self.scratch_bytes: int = scratch
+        self._check_memory(packing, memory_budget)
+        if packing.notice:
+            logger.warning(packing.notice)
+        for matrix, panels in packing.pack(checkpoint.forgetter(), progress):
+            self._model.place(matrix.name, panels)
+        # Zeros, since attention multiplies the padding of narrow heads. The system hands out zero
+        # pages when they are first touched.
+        self.cache: Bytes = np.zeros(self.kv_bytes, np.uint8)
+        self._model.use(np.empty(scratch + 64, np.uint8), self.cache)
+
+    @property
+    def config(self) -> ErnieConfig:
+        """The model's numbers."""
+        return self._config
+
+    @property
+    def block_size(self) -> int:
+        """Positions per KV block."""
+        return self._block_size
+
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks there are, in all."""
+        return self._num_blocks
+
+    def step(self, batch: Batch, routing: list[Routing] | None = None) -> Float32:
+        """Run the batch, store its keys and values, return logits float32 `[R, vocab_size]`.
+
+        Ctrl-C ends it between two layers; what the batch has stored by then is incomplete.
+
+        Args:
+            batch: the new tokens; every position below a token's own must have been stored by an
+                earlier step or by this one.
+            routing: a list that receives one `Routing` per MoE layer, in order; None to skip.
+
+        Raises:
+            PromptError: a token id is outside the vocabulary, or a position outside the context.
+            UserError: the batch contradicts itself or the KV blocks; nothing has been stored.
+        """
+        check_batch(batch, self._config, self._block_size, self._num_blocks)
+        T, R = len(batch.tokens), len(batch.logits_rows)
+        cos_TF, sin_TF = rotations(batch.positions, self._inverse_F)
+        logits_RV = np.empty((R, self._config.vocab_size), np.float32)
+        experts = weights = None
+        if routing is not None and self._moe_layers:
+            shape = (len(self._moe_layers), T, self._config.moe_k)
+            experts, weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
+        self._model.step(
+            np.ascontiguousarray(batch.tokens, np.int32),
+            np.ascontiguousarray(batch.positions, np.int32),
+            np.ascontiguousarray(batch.sequence_starts, np.int32),
+            np.ascontiguousarray(batch.block_tables, np.int32),
+            np.ascontiguousarray(batch.logits_rows, np.int32),
+            cos_TF,
+            sin_TF,
+            logits_RV,
+            experts,
+            weights,
+        )
+        if routing is not None and experts is not None and weights is not None:
+            for index, layer in enumerate(self._moe_layers):
+                routing.append(Routing(layer, experts[index], weights[index]))
+        return logits_RV
+
+    def _check_memory(self, packing: Packing, budget: int | None) -> None:
+        free = env.free_memory()
+        beside = self.kv_bytes + self.scratch_bytes
+        allowed = free - beside if budget is None else min(budget, free - beside)
+        if packing.nbytes <= allowed:
+            return
+        per_block = self.kv_bytes // self._num_blocks
+        gib = 2**30
+        raise MemoryBudgetError(
+            "the model does not fit into memory",
+            got=f"{packing.nbytes / gib:.2f} GiB of weights, {self.kv_bytes / gib:.2f} GiB of keys "
+            f"and values ({self._num_blocks * self._block_size:,} positions), "
+            f"{self.scratch_bytes / gib:.2f} GiB of scratch",
+            expected=f"{free / gib:.2f} GiB are free"
+            + ("" if budget is None else f", weights may take {budget / gib:.2f} GiB"),
+            remedy=f"ask for a shorter context (a block of {self._block_size} positions takes "
+            f"{per_block:,} bytes), or quantise the weights",
+        )
+
+
+def _numbers(config: ErnieConfig, planes: int) -> dict[str, int | float]:
+    fields = (
+        "vocab_size",
+        "hidden_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "moe_k",
+        "moe_norm_min",
+        "rms_norm_eps",
+    )
+    return {name: getattr(config, name) for name in fields} | {"planes": planes}
