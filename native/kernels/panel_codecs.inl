@@ -2,6 +2,7 @@
 // Included by the tiers after a vec_*.h; everything is in an anonymous namespace.
 //
 // An integer codec C is a set of constants and three readers:
+//   kCached             whether the blocks lie in cache already (no fetching ahead)
 //   kBytes, kRuns       bytes of a block; runs of 32 columns in it (1, or 8 for K-quants)
 //   kParts              scales per run of 32 (1, or 2 for q6_k)
 //   kMax, kSigned       largest magnitude of a weight as the product sees it; whether it is signed
@@ -74,6 +75,7 @@ struct SignedBytes {
 // A block of 32 columns: half-float scales, perhaps half-float minima, weights.
 template <class Weights, int kTheOffset, bool kHasMin>
 struct Legacy : Weights {
+  static constexpr bool kCached = false;
   static constexpr int kOffset = kTheOffset, kRuns = 1, kParts = 1;
   static constexpr bool kMin = kHasMin;
   static constexpr int kHeadBytes = kHasMin ? 64 : 32;
@@ -92,6 +94,7 @@ struct Legacy : Weights {
 // A block of 256 columns with 6-bit scales and minima: w = (d s) q - (m n).
 template <int kBits>
 struct SixBit : Bits<kBits> {
+  static constexpr bool kCached = false;
   static constexpr int kOffset = 0, kRuns = 8, kParts = 1;
   static constexpr bool kMin = true;
   static constexpr int kBytes = 256 + 8 * Bits<kBits>::kRunBytes;
@@ -118,6 +121,7 @@ struct SixBit : Bits<kBits> {
 };
 
 struct SixBitWeights : Bits<6> {
+  static constexpr bool kCached = false;
   static constexpr int kOffset = 32, kRuns = 8, kParts = 2;
   static constexpr bool kMin = false;
   static constexpr int kBytes = 288 + 8 * kRunBytes;
@@ -151,6 +155,7 @@ using Q6_K = SixBitWeights;
 // minima), then the weights as bytes, [k / 4][row][4].
 template <class C>
 struct Expanded {
+  static constexpr bool kCached = true;
   static constexpr int kOffset = C::kOffset, kRuns = 1, kParts = C::kParts, kMax = C::kMax;
   static constexpr bool kMin = C::kMin, kSigned = C::kSigned;
   static constexpr int kHeadBytes = 64 * (kParts + (kMin ? 1 : 0));
@@ -201,21 +206,24 @@ void expand(const uint8_t* panel, int64_t blocks, uint8_t* out) {
 
 // Plain codecs: pair(w, j) reads columns 2j and 2j + 1 of 16 rows.
 struct F32 {
-  static constexpr int kBytes = 2048;
+  static constexpr bool kCached = false;
+  static constexpr int kBytes = 2048, kRuns = 1;
   static EARNEST_INLINE void pair(const uint8_t* w, int j, Vec::F& even, Vec::F& odd) {
     even = Vec::load(reinterpret_cast<const float*>(w + 128 * j));
     odd = Vec::load(reinterpret_cast<const float*>(w + 128 * j + 64));
   }
 };
 struct F16 {
-  static constexpr int kBytes = 1024;
+  static constexpr bool kCached = false;
+  static constexpr int kBytes = 1024, kRuns = 1;
   static EARNEST_INLINE void pair(const uint8_t* w, int j, Vec::F& even, Vec::F& odd) {
     even = Vec::halves(w + 64 * j);
     odd = Vec::halves(w + 64 * j + 32);
   }
 };
 struct Bf16 {
-  static constexpr int kBytes = 1024;
+  static constexpr bool kCached = false;
+  static constexpr int kBytes = 1024, kRuns = 1;
   static EARNEST_INLINE void pair(const uint8_t* w, int j, Vec::F& even, Vec::F& odd) {
     Vec::bf16Pair(w + 64 * j, even, odd);
   }

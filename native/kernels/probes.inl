@@ -25,26 +25,34 @@ uint64_t readStreams(const uint8_t* data, size_t bytes, int streams) {
   return sum;
 }
 
+// Independent chains, with weights that the compiler must take to differ: it would otherwise find
+// out that all chains compute the same and keep one.
 [[maybe_unused]] uint64_t peakIntegers(uint64_t rounds) {
   constexpr int kChains = 8;
-  alignas(64) uint8_t weights[64];
+  alignas(64) uint8_t weights[kChains * 64];
   alignas(64) int8_t values[32];
-  for (int i = 0; i < 64; ++i) weights[i] = static_cast<uint8_t>(i & 15);
+  for (int i = 0; i < kChains * 64; ++i) weights[i] = static_cast<uint8_t>(i * 7 & 15);
   for (int i = 0; i < 32; ++i) values[i] = static_cast<int8_t>(i - 16);
+  __asm__ volatile("" : : "r"(weights), "r"(values) : "memory");
+  Vec::B w[kChains];
+  unroll<0, kChains>([&](auto c) EARNEST_INLINE_LAMBDA {
+    w[c.value] = Vec::loadB(weights + 64 * c.value);
+  });
   Vec::F all = Vec::zero();
-  const Vec::B w = Vec::loadB(weights);
   for (uint64_t i = 0; i < rounds; ++i) {
-    Vec::Sum<15, false> sum[kChains];
+    Vec::Sum<15, false, 1> sum[kChains];
     unroll<0, 8>([&](auto g) EARNEST_INLINE_LAMBDA {
       const Vec::A a = Vec::broadcast(values + 4 * g.value);
       unroll<0, kChains>([&](auto c) EARNEST_INLINE_LAMBDA {
-        sum[c.value].template add<g.value>(w, a);
+        sum[c.value].template add<g.value>(w[c.value], a);
       });
     });
     __asm__ volatile("" : : "r"(values) : "memory");
+    Vec::I total = Vec::zeroI();
     unroll<0, kChains>([&](auto c) EARNEST_INLINE_LAMBDA {
-      all = Vec::add(all, Vec::toFloat(sum[c.value].total()));
+      total = Vec::addI(total, sum[c.value].total());
     });
+    all = Vec::add(all, Vec::toFloat(total));
   }
   alignas(64) float out[16];
   Vec::store(out, all);

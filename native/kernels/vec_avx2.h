@@ -112,22 +112,23 @@ struct Vec {
   }
 
 #if EARNEST_AVXVNNI
-  template <int kMax, bool kSigned>
+  template <int kMax, bool kSigned, int kChains>
   struct Sum {
-    I v = zeroI();
+    I v[kChains] = {};
     template <int kGroup>
     void add(B w, A a) {
-      v.a = _mm256_dpbusd_avx_epi32(v.a, w.a, a);
-      v.b = _mm256_dpbusd_avx_epi32(v.b, w.b, a);
+      I& s = v[kGroup % kChains];
+      s.a = _mm256_dpbusd_avx_epi32(s.a, w.a, a);
+      s.b = _mm256_dpbusd_avx_epi32(s.b, w.b, a);
     }
-    I total() const { return v; }
+    I total() const { return kChains == 2 ? addI(v[0], v[kChains - 1]) : v[0]; }
   };
 #else
   // maddubs adds two products of unsigned x signed bytes in an int16 lane, so 32767 / (2 * 127 *
   // kMax) groups can be added before they must widen: 8 for nibbles, 4 for 5 bits, 2 for 6, 1 for
   // signed bytes. Those become |w| and a with the sign of w; |-128| is 128 as an unsigned byte,
   // and 2 * 128 * 127 = 32512 still fits.
-  template <int kMax, bool kSigned>
+  template <int kMax, bool kSigned, int kChains>
   struct Sum {
     static constexpr int kGroups = 32767 / (2 * 127 * kMax);
     I v = zeroI();

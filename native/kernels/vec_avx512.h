@@ -77,14 +77,14 @@ struct Vec {
     storeB(minima, withHigh<kAt + 2, 2>(highNibbles(low), high));
   }
 
-  template <int kMax, bool kSigned>
+  template <int kMax, bool kSigned, int kChains>
   struct Sum {
-    I v = _mm512_setzero_si512();
+    I v[kChains] = {};
     template <int kGroup>
     void add(B w, A a) {
-      v = _mm512_dpbusd_epi32(v, w, a);
+      v[kGroup % kChains] = _mm512_dpbusd_epi32(v[kGroup % kChains], w, a);
     }
-    I total() const { return v; }
+    I total() const { return kChains == 2 ? addI(v[0], v[kChains - 1]) : v[0]; }
   };
 };
 

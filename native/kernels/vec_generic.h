@@ -110,8 +110,9 @@ struct Vec {
   }
 
   // Exact integer sum over groups of 4 columns. Weights are at most kMax, and signed if kSigned.
+  // kChains = 2 asks for two accumulators, where a product would wait for the one before it.
   // A product fits 16 bits: 255 * 127 = 32385.
-  template <int kMax, bool kSigned>
+  template <int kMax, bool kSigned, int kChains>
   struct Sum {
     I v = {};
     static I pairs(Shorts product) {

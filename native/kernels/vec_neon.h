@@ -97,7 +97,7 @@ struct Vec {
     storeB(minima, withHigh<kAt + 2, 2>(highNibbles(low), high));
   }
 
-  template <int kMax, bool kSigned>
+  template <int kMax, bool kSigned, int kChains>
   struct Sum {
     I v = zeroI();
     template <int kGroup>
