@@ -6,8 +6,7 @@ from pathlib import Path
 
 import click
 
-from earnest import hub
-from earnest.checkpoint import open_checkpoint
+from earnest.cli.opening import opened
 from earnest.cli.terminal import (
     allow_bias_option,
     force_option,
@@ -54,9 +53,8 @@ def command(
     interrupted run is continued by the same command.
     """
     with progress_bar("quantising") as progress:
-        path = hub.locate(source, progress=progress, notice=notice)
-        checkpoint = open_checkpoint(
-            path, allow_missing_correction_bias=allow_missing_correction_bias
+        checkpoint = opened(
+            source, progress, allow_missing_correction_bias=allow_missing_correction_bias
         )
         report = quantize(checkpoint, destination, codec, force=force, progress=progress)
     if as_json:
