@@ -39,6 +39,11 @@ def _codec_numbers() -> dict[str, int]:
     return {name: i for i, (name, _, _) in enumerate(isa.native().panel_shapes())}
 
 
+def codec_number(codec: str) -> int:
+    """What the kernels call a codec that has a panel layout."""
+    return _codec_numbers()[codec]
+
+
 def _check(array: npt.NDArray[Any], name: str, dtype: str, dimensions: int) -> None:
     if (
         not isinstance(array, np.ndarray)
@@ -128,7 +133,7 @@ def matmul(
         raise UserError("planes of activations", got=planes, expected="1 or 2")
     if select is not None:
         _check(select, "select", "int32", 1)
-        if select.size and not (0 <= select.min() and select.max() < len(x_TK)):
+        if select.size and not (select.min() >= 0 and select.max() < len(x_TK)):
             raise UserError(
                 "selected rows do not exist",
                 got=f"from {select.min()} to {select.max()}",
@@ -140,7 +145,7 @@ def matmul(
     isa.native().matmul(
         pool if pool is not None else thread_pool(1),
         tier or isa.tier(),
-        _codec_numbers()[codec],
+        codec_number(codec),
         panels,
         x_TK,
         planes,

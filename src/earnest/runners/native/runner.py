@@ -16,7 +16,7 @@ from earnest import env
 from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.codecs.bits import Bytes
 from earnest.config import ErnieConfig
-from earnest.errors import MemoryBudgetError, UserError
+from earnest.errors import MemoryBudgetError, TensorsError, UserError
 from earnest.log import Progress, logger, silent
 from earnest.runners.base import Batch, Float32, Routing
 from earnest.runners.check import check_at_least, check_batch
@@ -46,7 +46,8 @@ class NativeRunner:
             and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
         kv: how keys and values are kept.
-        activation_bits: 8 or 15: how finely activations are rounded where they meet block codecs.
+        activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
+            the logits as good as exact; 8 halves the integer products, which prefill feels.
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
         progress: told how far packing is.
 
@@ -66,7 +67,7 @@ class NativeRunner:
         memory_budget: int | None = None,
         plain: Plain | None = None,
         kv: KvType = "bf16",
-        activation_bits: Literal[8, 15] = 8,
+        activation_bits: Literal[8, 15] = 15,
         tier: str | None = None,
         progress: Progress = silent,
     ) -> None:
@@ -100,13 +101,19 @@ class NativeRunner:
             self.pool, self.tier, _numbers(config, planes=1 if activation_bits == 8 else 2)
         )
         for matrix in packing.matrices:
-            self._model.matrix(matrix.name, ops._codec_numbers()[matrix.codec], *matrix.tensor.shape)
+            self._model.matrix(matrix.name, ops.codec_number(matrix.codec), *matrix.tensor.shape)
         for name, values in packing.vectors.items():
             self._model.vector(name, values)
         positions = min(config.max_position_embeddings, num_blocks * block_size)
-        scratch = self._model.plan(
-            _KV_TYPES[kv], num_blocks, block_size, PIECE_TOKENS, positions
-        )
+        try:
+            scratch = self._model.plan(
+                _KV_TYPES[kv], num_blocks, block_size, PIECE_TOKENS, positions
+            )
+        except ValueError as error:
+            raise TensorsError(
+                f"the checkpoint's tensors do not make its model: {error}",
+                remedy="open it with earnest.checkpoint.open_checkpoint, which lists all problems",
+            ) from error
         self.weight_bytes = packing.nbytes
         self.kv_bytes: int = self._model.kv_bytes
         self.scratch_bytes: int = scratch

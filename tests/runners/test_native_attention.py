@@ -1,0 +1,154 @@
+"""Attention over paged keys and values: the layout, spelled out in numpy, and long sequences."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from earnest.config import ErnieConfig
+from earnest.runners.native import isa
+from earnest.runners.reference import ReferenceRunner
+
+pytestmark = pytest.mark.skipif(not isa.installed(), reason="the compiled kernels are not built")
+
+if isa.installed():
+    from earnest.runners.native.runner import NativeRunner
+
+TIERS = isa.available_tiers() if isa.installed() else []
+
+CONFIG = ErnieConfig(
+    vocab_size=120,
+    hidden_size=48,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=24,
+)
+
+
+def bf16(x: np.ndarray) -> np.ndarray:
+    """Rounded to bf16, as uint16."""
+    bits = x.astype(np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
+
+
+def laid_out(keys: np.ndarray, values: np.ndarray, page: int, kv: str) -> np.ndarray:
+    """`[layers, K, positions, C]` of consecutive blocks as the kernels keep them, in bytes:
+    `[layer][block][head][keys | values]`. Keys: 16 positions interleaved, as rows of a panel of the
+    plain codec. Values: a row per position, padded to 32 channels; in bf16 rows channels i and
+    16 + i of every 32 are neighbours."""
+    L, K, P, C = keys.shape
+    if kv == "bf16":
+        keys, values, together = bf16(keys), bf16(values), 2
+    else:
+        together = 1
+    k = keys.reshape(L, K, P // page, page // 16, 16, C // together, together)
+    k = k.transpose(0, 2, 1, 3, 5, 4, 6).reshape(L, P // page, K, -1)
+    v = np.zeros((L, K, P, -(-C // 32) * 32), values.dtype)
+    v[..., :C] = values
+    if kv == "bf16":
+        v = v.reshape(L, K, P, -1, 2, 16).swapaxes(-1, -2)
+    v = v.reshape(L, K, P // page, -1).swapaxes(1, 2)
+    stored = np.concatenate([k, v], axis=-1)
+    return np.ascontiguousarray(stored).view(np.uint8).reshape(-1)
+
+
+@pytest.mark.parametrize("kv", ["f32", "bf16"])
+@pytest.mark.parametrize("block_size", [16, 32, 48])
+def test_layout(kv: str, block_size: int, checkpoint_of, weights_of, batch_of) -> None:
+    """What a step stores is what the reference keeps, in the documented places."""
+    checkpoint = checkpoint_of(CONFIG, weights_of(CONFIG))
+    count = 96 // block_size
+    batch = batch_of((range(96), 0, range(count)))
+    reference = ReferenceRunner(checkpoint, num_blocks=count, block_size=block_size)
+    reference.step(batch)
+    runner = NativeRunner(checkpoint, num_blocks=count, block_size=block_size, kv=kv)
+    runner.step(batch)
+    expected = laid_out(reference.cache.keys, reference.cache.values, block_size, kv)
+    if kv == "f32":
+        ours, theirs = runner.cache.view(np.float32), expected.view(np.float32)
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-5)
+    else:
+        wide = [a.view(np.uint16).astype(np.uint32) << 16 for a in (runner.cache, expected)]
+        ours, theirs = (a.view(np.float32) for a in wide)
+        # The second layer has seen the first one's rounded keys and values.
+        half = len(ours) // 2
+        np.testing.assert_allclose(ours[:half], theirs[:half], rtol=2**-7, atol=1e-5)
+
+
+def filled(config: ErnieConfig, checkpoint, length: int, block_size: int, **options: object):
+    """A reference and a native runner whose caches hold the same random past."""
+    rng = np.random.default_rng(length)
+    count = -(-length // block_size)
+    shape = (
+        config.num_hidden_layers,
+        config.num_key_value_heads,
+        count * block_size,
+        config.head_dim,
+    )
+    keys, values = (
+        (bf16(rng.standard_normal(shape, np.float32)).astype(np.uint32) << 16).view(np.float32)
+        for _ in range(2)
+    )
+    reference = ReferenceRunner(checkpoint, num_blocks=count, block_size=block_size)
+    reference.cache.keys[:], reference.cache.values[:] = keys, values
+    runner = NativeRunner(checkpoint, num_blocks=count, block_size=block_size, **options)
+    stored = laid_out(keys, values, block_size, str(options.get("kv", "bf16")))
+    runner.cache[:] = stored
+    return reference, runner, stored
+
+
+@pytest.mark.parametrize("tier", TIERS)
+@pytest.mark.parametrize("heads", [(1, 1), (2, 2), (3, 1), (8, 1), (10, 2), (20, 1)])
+@pytest.mark.parametrize("head_dim", [8, 64, 128])
+def test_heads_and_channels(
+    tier: str, heads: tuple[int, int], head_dim: int, checkpoint_of, weights_of, batch_of
+) -> None:
+    config = replace(
+        CONFIG, num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim
+    )
+    checkpoint = checkpoint_of(config, weights_of(config))
+    reference, runner, _ = filled(config, checkpoint, 1216, 32, kv="f32", tier=tier, threads=2)
+    # Across a segment's end, and within the first block.
+    for start in (1000, 1190, 0):
+        batch = batch_of((range(26), start, range(38)))
+        want = reference.step(batch)
+        np.testing.assert_allclose(runner.step(batch), want, rtol=0, atol=2e-5 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("kv", ["f32", "bf16"])
+def test_a_long_past_gives_the_same_bits_however_it_is_divided(
+    kv: str, checkpoint_of, weights_of, batch_of
+) -> None:
+    """Few queries have their past divided among threads, many do not, one thread never does."""
+    checkpoint = checkpoint_of(CONFIG, weights_of(CONFIG))
+    length = 5 * 1024 + 200
+    tokens, start = list(range(40)), length - 40
+    results = []
+    for threads, chunk in ((1, 40), (1, 1), (2, 1), (2, 3), (2, 4), (3, 17), (2, 40)):
+        _, runner, _ = filled(CONFIG, checkpoint, length, 32, kv=kv, threads=threads)
+        table = range(runner.num_blocks)
+        rows = [
+            runner.step(batch_of((tokens[i : i + chunk], start + i, table)))
+            for i in range(0, 40, chunk)
+        ]
+        results.append(np.concatenate(rows))
+    for other in results[1:]:
+        np.testing.assert_array_equal(other, results[0])
+
+
+@pytest.mark.parametrize("kv", ["f32", "bf16"])
+def test_the_last_of_131072_positions(kv: str, checkpoint_of, weights_of, batch_of) -> None:
+    config = replace(CONFIG, num_attention_heads=4, head_dim=8, max_position_embeddings=131_072)
+    checkpoint = checkpoint_of(config, weights_of(config))
+    reference, runner, _ = filled(config, checkpoint, 131_072, 32, kv=kv, threads=2)
+    batch = batch_of((range(24), 131_072 - 24, range(4096)))
+    want = reference.step(batch)
+    got = runner.step(batch)
+    budget = 2e-5 if kv == "f32" else 2e-2
+    np.testing.assert_allclose(got, want, rtol=0, atol=budget * np.abs(want).max())
+    one_by_one = [runner.step(batch_of(([i], 131_072 - 24 + i, range(4096)))) for i in range(24)]
+    np.testing.assert_array_equal(np.concatenate(one_by_one), got)
