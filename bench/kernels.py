@@ -92,8 +92,14 @@ def main() -> None:
                 plain = panel(codec).codec.is_plain
                 for planes in [1] if plain else args.planes:
                     seconds = median_seconds(
-                        lambda: ops.matmul(  # noqa: B023
-                            packed, codec, rows, x, planes=planes, pool=pool, tier=args.tier  # noqa: B023
+                        lambda: ops.matmul(
+                            packed,
+                            codec,
+                            rows,
+                            x,
+                            planes=planes,
+                            pool=pool,
+                            tier=args.tier,
                         ),
                         args.repeats if tokens < 16 else 3,
                     )

@@ -45,7 +45,8 @@ struct Bits {
   template <int j>
   static EARNEST_INLINE void pair(const uint8_t* w, Vec::B& even, Vec::B& odd) {
     constexpr int kPlanes = kBits - 4;
-    const Vec::B both = Vec::loadB(w + 64 * (kPlanes + j));
+    Vec::B both = Vec::loadB(w + 64 * (kPlanes + j));
+    Vec::hold(both);
     even = Vec::lowNibbles(both);
     odd = Vec::highNibbles(both);
     if constexpr (kPlanes > 0) {

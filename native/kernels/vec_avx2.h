@@ -6,6 +6,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <immintrin.h>
+#if EARNEST_VNNI_MODEL
+#include "emulate/vnni_model.h"
+#endif
 
 namespace earnest {
 namespace {
@@ -83,6 +86,7 @@ struct Vec {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), x.a);
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p + 32), x.b);
   }
+  static void hold(B& b) { __asm__("" : "+x"(b.a), "+x"(b.b)); }
   static B lowNibbles(B x) {
     const __m256i mask = _mm256_set1_epi8(15);
     return {_mm256_and_si256(x.a, mask), _mm256_and_si256(x.b, mask)};

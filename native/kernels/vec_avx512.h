@@ -3,7 +3,11 @@
 
 #include <cstddef>
 #include <cstdint>
+#if EARNEST_SIMDE
+#include "emulate/simde.h"
+#else
 #include <immintrin.h>
+#endif
 
 namespace earnest {
 namespace {
@@ -58,6 +62,13 @@ struct Vec {
 
   static B loadB(const uint8_t* p) { return _mm512_loadu_si512(p); }
   static void storeB(uint8_t* p, B b) { _mm512_storeu_si512(p, b); }
+  // Keeps both halves of a nibble vector from being loaded a second time, as gcc likes to: half of
+  // these loads cross a cache line.
+#if EARNEST_SIMDE
+  static void hold(B&) {}
+#else
+  static void hold(B& b) { __asm__("" : "+v"(b)); }
+#endif
   static B lowNibbles(B b) { return _mm512_and_si512(b, _mm512_set1_epi8(15)); }
   static B highNibbles(B b) {
     return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15));

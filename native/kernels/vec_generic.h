@@ -93,6 +93,7 @@ struct Vec {
 
   static B loadB(const uint8_t* p) { return loadAs<B>(p); }
   static void storeB(uint8_t* p, B b) { __builtin_memcpy(p, &b, 64); }
+  static void hold(B&) {}
   static B lowNibbles(B b) { return b & 15; }
   static B highNibbles(B b) { return b >> 4; }
   static B flipSign(B b) { return b ^ 0x80; }

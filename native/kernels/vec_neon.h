@@ -71,6 +71,7 @@ struct Vec {
 
   static B loadB(const uint8_t* p) { B r; EARNEST_FOUR r.v[i] = vld1q_u8(p + 16 * i); return r; }
   static void storeB(uint8_t* p, B b) { EARNEST_FOUR vst1q_u8(p + 16 * i, b.v[i]); }
+  static void hold(B&) {}
   static B lowNibbles(B b) {
     EARNEST_FOUR b.v[i] = vandq_u8(b.v[i], vdupq_n_u8(15));
     return b;

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
+import numpy.typing as npt
 
 from earnest.codecs.base import Codec, Raw
 from earnest.codecs.bits import Bytes
@@ -88,10 +89,10 @@ class Panel:
         step = max(1, _CHUNK_BYTES // panel_bytes)
         for start in range(0, panels, step):
             count = min(step, panels - start)
-            chunk = np.zeros((count * PANEL_ROWS, blocks * row_block), np.uint8)
+            padded = np.zeros((count * PANEL_ROWS, blocks * row_block), np.uint8)
             part = source[start * PANEL_ROWS : (start + count) * PANEL_ROWS]
-            chunk[: part.shape[0], : part.shape[1]] = part
-            chunk = chunk.reshape(count, PANEL_ROWS, blocks, row_block).swapaxes(1, 2)
+            padded[: part.shape[0], : part.shape[1]] = part
+            chunk = padded.reshape(count, PANEL_ROWS, blocks, row_block).swapaxes(1, 2)
             packed = self._pack(chunk.reshape(-1, PANEL_ROWS, row_block))
             out[start : start + count] = packed.reshape(count, blocks, self.block_bytes)
         return out.reshape(panels, panel_bytes)
@@ -112,11 +113,16 @@ class Panel:
         step = max(1, _CHUNK_BYTES // panel_bytes)
         for start in range(0, panels, step):
             chunk = packed[start : start + step].reshape(-1, self.block_bytes)
-            plain = self._unpack(chunk).reshape(-1, blocks, PANEL_ROWS, row_block).swapaxes(1, 2)
-            plain = plain.reshape(-1, blocks * row_block)
+            found = self._unpack(chunk).reshape(-1, blocks, PANEL_ROWS, row_block)
+            plain = found.swapaxes(1, 2).reshape(-1, blocks * row_block)
             part = out[start * PANEL_ROWS : (start + step) * PANEL_ROWS]
             part[:] = plain[: part.shape[0], :row_bytes]
         return out.view(self.codec.storage)
+
+
+def _bytes(x: npt.NDArray[Any]) -> Bytes:
+    """For the type checker, to which a shift of bytes is of any integer type."""
+    return np.asarray(x, np.uint8)
 
 
 def _expect(got: object, expected: object, what: str, codec: Codec) -> None:
@@ -180,7 +186,7 @@ def _split_nibbles(b: Bytes) -> Bytes:
 
 
 def _join_nibbles(q: Bytes) -> Bytes:
-    return q[..., :16] & 15 | q[..., 16:] << 4
+    return _bytes(q[..., :16] & 15 | q[..., 16:] << 4)
 
 
 def _split_legacy(halves: int, fifth: bool) -> Callable[[Bytes], Parts]:
@@ -192,7 +198,7 @@ def _split_legacy(halves: int, fifth: bool) -> Callable[[Bytes], Parts]:
         if not fifth:
             return heads, _split_nibbles(b[..., start:])
         bits = np.unpackbits(b[..., start : start + 4], axis=-1, bitorder="little")
-        return heads, _split_nibbles(b[..., start + 4 :]) | bits << 4
+        return heads, _bytes(_split_nibbles(b[..., start + 4 :]) | bits << 4)
 
     return split
 
@@ -219,7 +225,7 @@ def _planes(b: Bytes, run: int, count: int, width: int) -> Bytes:
     """`[..., n]` to `[..., count * n]`: over each `run` bytes, `count` planes of `width` bits."""
     shifts = np.arange(0, count * width, width, dtype=np.uint8)[:, None]
     taken = b.reshape(*b.shape[:-1], -1, 1, run) >> shifts & (2**width - 1)
-    return taken.reshape(*b.shape[:-1], -1)
+    return _bytes(taken.reshape(*b.shape[:-1], -1))
 
 
 def _join_planes(q: Bytes, run: int, count: int, width: int) -> Bytes:
@@ -257,21 +263,21 @@ def _join_q4_k(heads: list[Bytes], q: Bytes) -> Bytes:
 
 def _split_q5_k(b: Bytes) -> Parts:
     low, high = _planes(b[..., 48:], 32, 2, 4), _planes(b[..., 16:48], 32, 8, 1)
-    return _split_six_bit(b), low | high << 4
+    return _split_six_bit(b), _bytes(low | high << 4)
 
 
 def _join_q5_k(heads: list[Bytes], q: Bytes) -> Bytes:
-    high, low = _join_planes(q >> 4, 32, 8, 1), _join_planes(q & 15, 32, 2, 4)
+    high, low = _join_planes(_bytes(q >> 4), 32, 8, 1), _join_planes(_bytes(q & 15), 32, 2, 4)
     return np.concatenate([_join_six_bit(heads), high, low], axis=-1)
 
 
 def _split_q6_k(b: Bytes) -> Parts:
     low, high = _planes(b[..., :128], 64, 2, 4), _planes(b[..., 128:192], 32, 4, 2)
-    return [b[..., None, 208:210], b[..., 192:208, None]], low | high << 4
+    return [b[..., None, 208:210], b[..., 192:208, None]], _bytes(low | high << 4)
 
 
 def _join_q6_k(heads: list[Bytes], q: Bytes) -> Bytes:
-    low, high = _join_planes(q & 15, 64, 2, 4), _join_planes(q >> 4, 32, 4, 2)
+    low, high = _join_planes(_bytes(q & 15), 64, 2, 4), _join_planes(_bytes(q >> 4), 32, 4, 2)
     return np.concatenate([low, high, heads[1][..., 0], heads[0][..., 0, :]], axis=-1)
 
 

@@ -28,7 +28,7 @@ def scaled_integers(raw: Raw, codec: Codec) -> tuple[Int64, Float32, Float32 | N
         q6_k, else 1), minima float32 `[N, B]` or None, for B blocks of 32 columns.
     """
     rows = len(raw)
-    heads, q = panel_parts(codec.name, raw.reshape(-1, codec.block_bytes))
+    heads, q = panel_parts(codec.name, raw.view(np.uint8).reshape(-1, codec.block_bytes))
     halves = [h[..., 0, :].copy().view("<f2").astype(np.float32) for h in heads if h.shape[-1] == 2]
     if codec.name == "q8_0":
         integers = q.view(np.int8).astype(np.int64)

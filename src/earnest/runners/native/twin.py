@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from earnest.codecs.base import Codec, Float32, Raw
 from earnest.codecs.panel import PANEL_COLUMNS
+from earnest.runners.native.integers import scaled_integers
 
 Int64 = npt.NDArray[np.int64]
 _TINY = np.float32(2.0**-100)
@@ -67,8 +68,6 @@ def matmul_blocks(raw: Raw, codec: Codec, x_TK: Float32, planes: int) -> Float32
         x_TK: float32 `[T, K]`.
         planes: see `quantize`.
     """
-    from earnest.runners.native.integers import scaled_integers
-
     v_TBb, scale_TB = quantize(x_TK, planes)
     q_NBb, scale_NBp, minimum_NB = scaled_integers(raw, codec)
     parts = scale_NBp.shape[-1]

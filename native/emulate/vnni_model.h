@@ -1,0 +1,25 @@
+// AVX-VNNI's byte dot product as a loop (Software Developer's Manual, VPDPBUSD). Test builds only.
+#pragma once
+
+#include <cstdint>
+#include <immintrin.h>
+
+namespace earnest {
+namespace {
+
+inline __m256i modelDpbusd(__m256i sums, __m256i unsigned_bytes, __m256i signed_bytes) {
+  int32_t s[8];
+  uint8_t u[32];
+  int8_t b[32];
+  __builtin_memcpy(s, &sums, 32);
+  __builtin_memcpy(u, &unsigned_bytes, 32);
+  __builtin_memcpy(b, &signed_bytes, 32);
+  for (int i = 0; i < 32; ++i) s[i / 4] += int32_t{u[i]} * b[i];
+  __builtin_memcpy(&sums, s, 32);
+  return sums;
+}
+
+}  // namespace
+}  // namespace earnest
+
+#define _mm256_dpbusd_avx_epi32 earnest::modelDpbusd
