@@ -15,6 +15,7 @@ import mmap
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 
@@ -26,9 +27,10 @@ COLUMNS = 2560  # hidden size of the 21B model
 
 def huge(size: int) -> np.ndarray:
     """Memory in huge pages where the system gives them."""
-    area = mmap.mmap(-1, size)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        area.madvise(mmap.MADV_HUGEPAGE)
+    if not hasattr(mmap, "MADV_HUGEPAGE"):
+        return np.empty(size, np.uint8)
+    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    area.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(area, np.uint8)
 
 
@@ -72,14 +74,14 @@ def main() -> None:
     rows_out = []
     for threads in sorted(set(args.threads)):
         pool = ops.thread_pool(threads)
-        reads = [
-            ops.read_rate(pool, memory, streams, tier=args.tier)
-            for _ in range(args.repeats)
+        read = max(
+            statistics.median(
+                ops.read_rate(pool, memory, streams, tier=args.tier) for _ in range(args.repeats)
+            )
             for streams in (1, 2, 4)
-        ]
+        )
         ops.integer_rate(pool, 10**5, tier=args.tier)
         rate = max(ops.integer_rate(pool, 10**6, tier=args.tier) for _ in range(3))
-        read = max(reads)
         print(f"{args.tier}, {threads} threads: read {read / 1e9:.1f} GB/s,", end=" ")
         print(f"int8 {rate / 1e12:.3f} TOP/s")
         for codec in args.codecs:
@@ -91,18 +93,11 @@ def main() -> None:
                 x = np.random.default_rng(1).standard_normal((tokens, COLUMNS), np.float32)
                 plain = panel(codec).codec.is_plain
                 for planes in [1] if plain else args.planes:
-                    seconds = median_seconds(
-                        lambda: ops.matmul(
-                            packed,
-                            codec,
-                            rows,
-                            x,
-                            planes=planes,
-                            pool=pool,
-                            tier=args.tier,
-                        ),
-                        args.repeats if tokens < 16 else 3,
-                    )
+                    run = partial(
+                        ops.matmul, packed, codec, rows, x,
+                        planes=planes, pool=pool, tier=args.tier,
+                    )  # fmt: skip
+                    seconds = median_seconds(run, args.repeats if tokens < 16 else 3)
                     gb_s = packed.nbytes / seconds / 1e9
                     gop_s = 2 * rows * COLUMNS * tokens / seconds / 1e9
                     print(
