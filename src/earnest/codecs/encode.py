@@ -1,8 +1,8 @@
 """Encoders of GGUF's block formats: float32 weights to the bytes that `decode` reads.
 
-They minimise the plain mean squared error, block by block, by the search of `encode_search`; a
-block depends on nothing but its own weights, so rows may be encoded in any portions and on any
-number of threads (numpy lets go of the interpreter lock) with the same result.
+Each block's squared error is minimised by the search of `encode_search`. A block depends on nothing
+but its own weights, so rows may be encoded in any portions and on any number of threads (numpy lets
+go of the interpreter lock) with the same result.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from earnest.codecs.encode_blocks import BLOCK_FITS
 from earnest.codecs.encode_kquants import KQUANT_FITS
 from earnest.errors import FormatError
 
-# Weights encoded at a time: the handful of arrays a search works on then stay in a core's own
-# cache, and numpy's cost of a call is still small beside the work of one.
-_CHUNK_WEIGHTS = 2**16
+# Weights encoded at a time: few enough that the arrays of a search stay in the caches, and enough
+# that a call of numpy outlasts the hand-over of the interpreter lock to another thread.
+_CHUNK_WEIGHTS = 2**18
 _LANES = 16  # float32 numbers in the widest vector register
 
 Columns = npt.NDArray[np.uint8]

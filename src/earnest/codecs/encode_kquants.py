@@ -25,6 +25,7 @@ from earnest.codecs.encode_search import (
     fit_scale,
     half,
     half_up,
+    importance,
     levels,
     over_weights,
     ratio,
@@ -51,17 +52,23 @@ def _lined_runs(
     d_N = half_up(scale_SN.max(axis=0) / np.float32(most))
     m_N = half_up(below_SN.max(axis=0) / np.float32(most))
     t_SN = _whole(ratio(below_SN, np.broadcast_to(m_N, below_SN.shape)), 0, most)
-    q_SWN = np.empty_like(x_SWN)
+    w_SWN = importance(x_SWN)
+    wx_SN, w_SN = dot(w_SWN, x_SWN), w_SWN.sum(axis=1)
+    q_SWN, wq_SWN = np.empty_like(x_SWN), np.empty_like(x_SWN)
     for _ in range(_ROUNDS):
         lifted_SWN = x_SWN + over_weights(m_N * t_SN)
         levels(lifted_SWN, scale_SN, 0, high, out=q_SWN)
-        scale_SN = ratio(dot(lifted_SWN, q_SWN), dot(q_SWN, q_SWN))
+        np.multiply(w_SWN, q_SWN, out=wq_SWN)
+        scale_SN = ratio(dot(lifted_SWN, wq_SWN), dot(q_SWN, wq_SWN))
         s_SN = _whole(ratio(scale_SN, np.broadcast_to(d_N, scale_SN.shape)), 0, most)
         levels(lifted_SWN, d_N * s_SN, 0, high, out=q_SWN)
-        d_new, m_new = _refit(x_SWN, q_SWN, s_SN, t_SN)
+        np.multiply(w_SWN, q_SWN, out=wq_SWN)
+        wq_SN = wq_SWN.sum(axis=1)
+        d_new, m_new = _two_scales(
+            dot(q_SWN, wq_SWN), wq_SN, w_SN, dot(x_SWN, wq_SWN), wx_SN, s_SN, t_SN
+        )
         # With q and s held, the offset of a run is a mean.
-        rest_SN = (d_new * s_SN) * q_SWN.sum(axis=1) - x_SWN.sum(axis=1)
-        below_SN = rest_SN / np.float32(x_SWN.shape[1])
+        below_SN = ratio((d_new * s_SN) * wq_SN - wx_SN, w_SN)
         fits_N = _in_range(scale_SN, d_new, 0, most) & _in_range(below_SN, m_new, -most, most)
         d_N, m_N = np.where(fits_N, d_new, d_N), np.where(fits_N, m_new, m_N)
         t_SN = _whole(ratio(below_SN, np.broadcast_to(m_N, below_SN.shape)), 0, most)
@@ -70,14 +77,24 @@ def _lined_runs(
     return d_N, m_N, s_SN, t_SN, q_SWN
 
 
-def _refit(x_SWN: Float32, q_SWN: Float32, s_SN: Float32, t_SN: Float32) -> tuple[Float32, Float32]:
-    """The best d and m of a block for given whole numbers: two linear equations."""
-    weights = np.float32(x_SWN.shape[1])
-    q_SN, qq_SN = q_SWN.sum(axis=1), dot(q_SWN, q_SWN)
-    xq_SN, x_SN = dot(x_SWN, q_SWN), x_SWN.sum(axis=1)
+def _two_scales(
+    qq_SN: Float32,
+    q_SN: Float32,
+    w_SN: Float32,
+    xq_SN: Float32,
+    x_SN: Float32,
+    s_SN: Float32,
+    t_SN: Float32,
+) -> tuple[Float32, Float32]:
+    """The best d and m of a block for given whole numbers: two linear equations.
+
+    Args:
+        qq_SN, q_SN, w_SN, xq_SN, x_SN: sums over a run of w q^2, w q, w, w x q and w x.
+        s_SN, t_SN: the runs' scales and minima.
+    """
     aa_N = (s_SN * s_SN * qq_SN).sum(axis=0)
     ab_N = (s_SN * t_SN * q_SN).sum(axis=0)
-    bb_N = weights * (t_SN * t_SN).sum(axis=0)
+    bb_N = (t_SN * t_SN * w_SN).sum(axis=0)
     ax_N, bx_N = (s_SN * xq_SN).sum(axis=0), (t_SN * x_SN).sum(axis=0)
     det_N = aa_N * bb_N - ab_N * ab_N
     det_N[det_N < np.float32(1e-4) * aa_N * bb_N] = 0  # too close to parallel
@@ -106,11 +123,13 @@ def _scaled_runs(
     # The scale of the largest magnitude takes the longer side of the range.
     peak_N = np.where(highest_N > -lowest_N, highest_N, lowest_N)
     d_N = half_up(peak_N / np.float32(least))
-    q_SWN = np.empty_like(x_SWN)
+    w_SWN = importance(x_SWN)
+    q_SWN, wq_SWN = np.empty_like(x_SWN), np.empty_like(x_SWN)
     for _ in range(_ROUNDS):
         s_SN = _whole(ratio(scale_SN, np.broadcast_to(d_N, scale_SN.shape)), least, most)
         levels(x_SWN, d_N * s_SN, low, high, out=q_SWN)
-        xq_SN, qq_SN = dot(x_SWN, q_SWN), dot(q_SWN, q_SWN)
+        np.multiply(w_SWN, q_SWN, out=wq_SWN)
+        xq_SN, qq_SN = dot(x_SWN, wq_SWN), dot(q_SWN, wq_SWN)
         d_new = half(ratio((s_SN * xq_SN).sum(axis=0), (s_SN * s_SN * qq_SN).sum(axis=0)))
         scale_SN = ratio(xq_SN, qq_SN)
         d_N = np.where(_in_range(scale_SN, d_new, least, most), d_new, d_N)

@@ -8,6 +8,11 @@ together come closest to trying all, chosen greedily on normal, Laplace and Stud
 above all). A last round or two of fit and rounding (Lloyd's iteration) goes down to the nearest
 optimum.
 
+What is minimised is the squared error where each weight's counts in proportion to its magnitude
+plus the root mean square of its run. Clipping a large weight saves plain squared error and costs
+the model more than it saves: with these counts SmolLM2's next-token distributions at q4_0 lie 10%
+closer to those of the original (Kullback-Leibler), for 2% more plain squared error.
+
 Shapes: S runs that share one scale, W weights of a run, N blocks. Blocks are the last axis so that
 every step is one long vector operation; sums run over W. Runs are scaled to a peak (or range) of
 one first, so that neither very large nor very small weights leave the range of float32.
@@ -46,6 +51,13 @@ def over_weights(x_SN: Float32) -> Float32:
 def dot(a_SWN: Float32, b_SWN: Float32) -> Float32:
     """Sums over the weights of each run, `[S, N]`."""
     return np.asarray(np.einsum("swn,swn->sn", a_SWN, b_SWN), np.float32)
+
+
+def importance(x_SWN: Float32) -> Float32:
+    """How much the error of each weight counts; see the module."""
+    size_SWN = np.abs(x_SWN)
+    size_SWN += over_weights(np.sqrt(dot(x_SWN, x_SWN) / np.float32(x_SWN.shape[1])))
+    return size_SWN
 
 
 def ratio(a: Float32, b: Float32) -> Float32:
@@ -87,22 +99,28 @@ def fit_scale(
     largest_SN, smallest_SN = x_SWN.max(axis=1), x_SWN.min(axis=1)
     peak_SN = np.where(largest_SN >= -smallest_SN, largest_SN, smallest_SN)
     unit_SWN = x_SWN / over_weights(np.where(peak_SN == 0, 1, peak_SN))
+    w_SWN = importance(unit_SWN)
+    wx_SWN, wq_SWN = w_SWN * unit_SWN, np.empty_like(x_SWN)
     best_SN, scale_SN = np.zeros_like(peak_SN), np.zeros_like(peak_SN)
     q_SWN = np.empty_like(x_SWN)
+
+    def fitted() -> tuple[Float32, Float32]:
+        xq_SN = dot(wx_SWN, q_SWN)
+        best_SN = ratio(xq_SN, dot(np.multiply(w_SWN, q_SWN, out=wq_SWN), q_SWN))
+        # The error is the sum of w x^2 less the second.
+        return best_SN, xq_SN * best_SN
+
     for candidate in candidates:
         np.multiply(unit_SWN, np.float32(candidate), out=q_SWN)
         np.rint(q_SWN, out=q_SWN)
         np.clip(q_SWN, low, high, out=q_SWN)
-        xq_SN, qq_SN = dot(unit_SWN, q_SWN), dot(q_SWN, q_SWN)
-        fitted_SN = ratio(xq_SN, qq_SN)
-        # The squared error is the sum of x^2 less this.
-        gain_SN = xq_SN * fitted_SN
+        fitted_SN, gain_SN = fitted()
         better_SN = gain_SN > best_SN
         np.copyto(best_SN, gain_SN, where=better_SN)
         np.copyto(scale_SN, fitted_SN, where=better_SN)
     for _ in range(rounds):
         levels(unit_SWN, scale_SN, low, high, out=q_SWN)
-        scale_SN = ratio(dot(unit_SWN, q_SWN), dot(q_SWN, q_SWN))
+        scale_SN, _ = fitted()
     return np.asarray(scale_SN * peak_SN, np.float32)
 
 
@@ -133,16 +151,20 @@ def fit_line(
     range_SN = end_SN - start_SN
     unit_SWN = x_SWN - over_weights(start_SN)
     unit_SWN /= over_weights(np.where(range_SN == 0, 1, range_SN))
-    count, sum_SN = np.float32(x_SWN.shape[1]), unit_SWN.sum(axis=1)
+    w_SWN = importance(x_SWN)
+    w_SWN /= over_weights(np.where(range_SN == 0, 1, range_SN))
+    wx_SWN, wq_SWN = w_SWN * unit_SWN, np.empty_like(x_SWN)
+    count_SN, sum_SN = w_SWN.sum(axis=1), wx_SWN.sum(axis=1)
     best_SN, scale_SN = np.full_like(range_SN, -1), np.zeros_like(range_SN)
     offset_SN = np.zeros_like(range_SN)
     q_SWN = np.empty_like(x_SWN)
 
     def fitted() -> tuple[Float32, Float32, Float32]:
-        q_SN, qq_SN, xq_SN = q_SWN.sum(axis=1), dot(q_SWN, q_SWN), dot(unit_SWN, q_SWN)
-        covariance_SN = count * xq_SN - sum_SN * q_SN
-        slope_SN = ratio(covariance_SN, count * qq_SN - q_SN * q_SN)
-        return slope_SN, (sum_SN - slope_SN * q_SN) / count, covariance_SN * slope_SN
+        q_SN, xq_SN = dot(w_SWN, q_SWN), dot(wx_SWN, q_SWN)
+        qq_SN = dot(np.multiply(w_SWN, q_SWN, out=wq_SWN), q_SWN)
+        covariance_SN = count_SN * xq_SN - sum_SN * q_SN
+        slope_SN = ratio(covariance_SN, count_SN * qq_SN - q_SN * q_SN)
+        return slope_SN, ratio(sum_SN - slope_SN * q_SN, count_SN), covariance_SN * slope_SN
 
     for steps, first in candidates:
         np.multiply(unit_SWN, np.float32(steps), out=q_SWN)
@@ -166,7 +188,8 @@ def fit_line(
         shifted_SWN = unit_SWN - over_weights(offset_SN)
         for _ in range(max(1, rounds)):
             levels(shifted_SWN, scale_SN, 0, high, out=q_SWN)
-            through_SN = ratio(dot(shifted_SWN, q_SWN), dot(q_SWN, q_SWN))
+            np.multiply(w_SWN, q_SWN, out=wq_SWN)
+            through_SN = ratio(dot(shifted_SWN, wq_SWN), dot(q_SWN, wq_SWN))
             np.copyto(scale_SN, through_SN, where=above_SN)
     return scale_SN * range_SN, offset_SN * range_SN + start_SN
 
