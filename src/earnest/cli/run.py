@@ -20,6 +20,7 @@ from earnest.cli.terminal import (
     progress_bar,
 )
 from earnest.engine import LanguageModel, SamplingParams, TokenEvent, load, sampling_defaults
+from earnest.engine.language_model import RunnerName
 from earnest.errors import ChatUnsupportedError, MissingPackageError, NetworkError, UserError
 
 EPILOG = """\b
@@ -65,6 +66,12 @@ def _sampling_options(command: Any) -> Any:
 @click.option("--stop", multiple=True, help="Stop before this text (may be given repeatedly).")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of context to reserve.")
+@click.option(
+    "--runner",
+    type=click.Choice(["native", "reference"]),
+    help="Compiled kernels (default where installed), or plain numpy.",
+)
+@click.option("--threads", type=click.IntRange(min=1), help="Threads of the native runner.")
 @click.option("--timings", is_flag=True, help="Show tokens per second at the end.")
 @allow_bias_option
 @json_option
@@ -78,6 +85,8 @@ def command(
     stop: tuple[str, ...],
     ignore_eos: bool,
     context: int | None,
+    runner: RunnerName | None,
+    threads: int | None,
     timings: bool,
     allow_missing_correction_bias: bool,
     as_json: bool,
@@ -97,7 +106,7 @@ def command(
     SamplingParams(**given)
 
     begun = time.monotonic()
-    language_model = _load(name, context, allow_missing_correction_bias)
+    language_model = _load(name, context, runner, threads, allow_missing_correction_bias)
     load_seconds = time.monotonic() - begun
     chatting = _chats(language_model, raw=raw, chat=chat)
     defaults = sampling_defaults(language_model.checkpoint)
@@ -162,7 +171,13 @@ def _exists(path: str) -> bool:
         return False  # a prompt too long to be a path, or with a NUL in it
 
 
-def _load(name: str | None, context: int | None, allow_missing_bias: bool) -> LanguageModel:
+def _load(
+    name: str | None,
+    context: int | None,
+    runner: RunnerName | None,
+    threads: int | None,
+    allow_missing_bias: bool,
+) -> LanguageModel:
     if name is None:
         notice("no MODEL was named: smollm2 answers, the default model")
     with progress_bar("opening") as progress:
@@ -181,6 +196,8 @@ def _load(name: str | None, context: int | None, allow_missing_bias: bool) -> La
         return load(
             path,
             max_context=context,
+            runner=runner,
+            threads=threads,
             allow_missing_correction_bias=allow_missing_bias,
             progress=progress,
         )

@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast, overload
+from typing import Any, Literal, cast, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -39,11 +39,14 @@ from earnest.errors import (
 )
 from earnest.log import Progress, logger, silent
 from earnest.runners.base import Float32, Routing, Runner
+from earnest.runners.native import isa
+from earnest.runners.native.runner import NativeRunner
 from earnest.runners.reference import ReferenceRunner
 from earnest.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Notice = Callable[[str], None]
+RunnerName = Literal["native", "reference"]
 
 BLOCK_SIZE = 32
 # KV blocks for so many sequences of the full context, if memory allows; shorter ones share them.
@@ -57,6 +60,8 @@ def load(
     *,
     max_context: int | None = None,
     memory_budget: int | None = None,
+    runner: RunnerName | None = None,
+    threads: int | None = None,
     allow_missing_correction_bias: bool = False,
     progress: Progress = silent,
     notice: Notice = logger.warning,
@@ -68,16 +73,23 @@ def load(
             repository that was pulled.
         max_context: positions a sequence may have. By default all that the model was made for, or
             as many as half of `memory_budget` holds keys and values for, if that is fewer.
-        memory_budget: bytes that decoded weights may take, in memory beside the mapped files; by
+        memory_budget: bytes that decoded weights may take with the reference runner, in memory
+            beside the mapped files; half of it is what keys and values may take with either. By
             default `EARNEST_MEMORY_GIB` or half of what is free.
+        runner: "native", the compiled kernels, or "reference", numpy; by default native where this
+            installation has it.
+        threads: threads of the native runner; all that this process may use by default.
         allow_missing_correction_bias: open a mixture of experts without its correction bias.
         progress: told how far fetching a built-in model is.
         notice: told, a sentence at a time, what a careful reader should know.
 
     Raises:
         ModelNotFoundError, CheckpointError, MachineError: it cannot be found, opened or held.
-        UserError: `max_context` is out of range.
+        MissingPackageError: the native runner was asked for and is not installed.
+        UserError: `max_context` is out of range, or there is no such runner.
     """
+    if runner not in (None, "native", "reference"):
+        raise UserError("there is no such runner", got=runner, expected="native or reference")
     # A `Path` is never a built-in name, whatever it is called.
     name = model if isinstance(model, str) else str(model.absolute())
     path = hub.locate(name, progress=progress, notice=notice)
@@ -91,10 +103,20 @@ def load(
             f"the context is {context:,} of {checkpoint.config.max_position_embeddings:,} tokens, "
             "which is what the memory budget has room for; max_context sets another"
         )
-    runner = ReferenceRunner(
-        checkpoint, num_blocks=num_blocks, block_size=BLOCK_SIZE, memory_budget=budget
-    )
-    return LanguageModel(checkpoint, runner, max_context=context, notice=notice)
+    chosen: Runner
+    if runner == "native" or (runner is None and not isa.warn_without_kernels()):
+        chosen = NativeRunner(
+            checkpoint,
+            num_blocks=num_blocks,
+            block_size=BLOCK_SIZE,
+            threads=threads,
+            progress=progress,
+        )
+    else:
+        chosen = ReferenceRunner(
+            checkpoint, num_blocks=num_blocks, block_size=BLOCK_SIZE, memory_budget=budget
+        )
+    return LanguageModel(checkpoint, chosen, max_context=context, notice=notice)
 
 
 def _plan_context(config: ErnieConfig, asked: int | None, budget: int) -> tuple[int, int]:
