@@ -29,6 +29,7 @@ from earnest.checkpoint.plan import (
 )
 from earnest.checkpoint.writer import WriteReport
 from earnest.codecs.base import Codec
+from earnest.codecs.encode import GENERATION
 from earnest.config import to_gguf
 from earnest.errors import DiskFullError, FormatError, TokenizerError, UserError
 from earnest.files import StagedFolder, require_space
@@ -200,7 +201,7 @@ def write_staged(
     partial = StagedFolder.partial_path(destination) / _UNDER_WAY
     under_way = partial.stat().st_size if partial.is_file() else 0
     require_space(destination, file_bytes(tensors, metadata) - under_way)
-    identity = {**fingerprint, "tensors": tensors_digest(tensors)}
+    identity = {**fingerprint, "encoders": GENERATION, "tensors": tensors_digest(tensors)}
     with StagedFolder(destination, identity, force=force) as staged:
         try:
             resumed = write_file(staged.path / _UNDER_WAY, tensors, metadata, progress)

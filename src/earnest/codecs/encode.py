@@ -23,6 +23,10 @@ from earnest.errors import FormatError
 _CHUNK_WEIGHTS = 2**18
 _LANES = 16  # float32 numbers in the widest vector register
 
+# Counts up when the same weights give other blocks than before: an interrupted run of another
+# generation must not be continued.
+GENERATION = 1
+
 Columns = npt.NDArray[np.uint8]
 Fit = Callable[[Float32], Columns]
 
