@@ -7,8 +7,9 @@ whatever it is stored in. Nothing is read until `pack`; what it will take is kno
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
 
@@ -112,20 +113,31 @@ class Packing:
         return f"matrices without a kernel for their codec are re-encoded: {what}"
 
     def pack(
-        self, forget: Callable[[int], None], progress: Progress = silent
+        self, threads: int, forget: Callable[[int], None], progress: Progress = silent
     ) -> Iterator[tuple[PackedMatrix, Bytes]]:
-        """Pack matrix after matrix.
+        """Pack all matrices, and hand them out in order.
 
         Args:
+            threads: matrices packed at the same time.
             forget: told the stored bytes read, `Checkpoint.forgetter()`.
             progress: told the bytes of panels written.
         """
         done, total = 0, self.nbytes
-        for matrix in self.matrices:
-            progress(done, total, "packing weights")
-            yield matrix, matrix.pack()
-            done += matrix.nbytes
-            forget(matrix.tensor.nbytes)
+        waiting = deque[tuple[PackedMatrix, Future[Bytes]]]()
+        with ThreadPoolExecutor(threads) as pool:
+            try:
+                for matrix in (*self.matrices, *[None] * threads):
+                    if matrix is not None:
+                        waiting.append((matrix, pool.submit(matrix.pack)))
+                    if waiting and (matrix is None or len(waiting) > threads):
+                        first, future = waiting.popleft()
+                        progress(done, total, "packing weights")
+                        yield first, future.result()
+                        done += first.nbytes
+                        forget(first.tensor.nbytes)
+            finally:
+                for _, future in waiting:
+                    future.cancel()
         progress(total, total, "packing weights")
 
 

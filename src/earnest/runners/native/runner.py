@@ -120,7 +120,7 @@ class NativeRunner:
         self._check_memory(packing, memory_budget)
         if packing.notice:
             logger.warning(packing.notice)
-        for matrix, panels in packing.pack(checkpoint.forgetter(), progress):
+        for matrix, panels in packing.pack(self.pool.workers, checkpoint.forgetter(), progress):
             self._model.place(matrix.name, panels)
         # Zeros, since attention multiplies the padding of narrow heads. The system hands out zero
         # pages when they are first touched.
