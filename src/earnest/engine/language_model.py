@@ -39,7 +39,6 @@ from earnest.errors import (
 )
 from earnest.log import Progress, logger, silent
 from earnest.runners.base import Float32, Routing, Runner
-from earnest.runners.native import isa
 from earnest.runners.native.runner import NativeRunner
 from earnest.runners.reference import ReferenceRunner
 from earnest.tokenizer import Tokenizer
@@ -60,7 +59,7 @@ def load(
     *,
     max_context: int | None = None,
     memory_budget: int | None = None,
-    runner: RunnerName | None = None,
+    runner: RunnerName = "reference",
     threads: int | None = None,
     allow_missing_correction_bias: bool = False,
     progress: Progress = silent,
@@ -76,8 +75,8 @@ def load(
         memory_budget: bytes that decoded weights may take with the reference runner, in memory
             beside the mapped files; half of it is what keys and values may take with either. By
             default `EARNEST_MEMORY_GIB` or half of what is free.
-        runner: "native", the compiled kernels, or "reference", numpy; by default native where this
-            installation has it.
+        runner: "reference", numpy, whose logits are transformers' own in float32; or "native", the
+            compiled kernels: many times faster, and near (docs/benchmarks.md says how near).
         threads: threads of the native runner; all that this process may use by default.
         allow_missing_correction_bias: open a mixture of experts without its correction bias.
         progress: told how far fetching a built-in model is.
@@ -88,7 +87,7 @@ def load(
         MissingPackageError: the native runner was asked for and is not installed.
         UserError: `max_context` is out of range, or there is no such runner.
     """
-    if runner not in (None, "native", "reference"):
+    if runner not in ("native", "reference"):
         raise UserError("there is no such runner", got=runner, expected="native or reference")
     # A `Path` is never a built-in name, whatever it is called.
     name = model if isinstance(model, str) else str(model.absolute())
@@ -104,7 +103,7 @@ def load(
             "which is what the memory budget has room for; max_context sets another"
         )
     chosen: Runner
-    if runner == "native" or (runner is None and not isa.warn_without_kernels()):
+    if runner == "native":
         chosen = NativeRunner(
             checkpoint,
             num_blocks=num_blocks,
