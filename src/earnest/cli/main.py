@@ -25,6 +25,8 @@ VERBS = {
     "quantize": "Write a checkpoint as a GGUF file of smaller weights.",
     "synth": "Write a checkpoint of true shapes with random weights, for tests and benchmarks.",
     "pull": "Download a checkpoint from the Hugging Face hub.",
+    "bench": "Measure prefill and decoding of a model, against what this machine can.",
+    "doctor": "Show and measure what this machine can, and which models fit.",
 }
 
 EPILOG = """\b

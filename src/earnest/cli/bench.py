@@ -1,0 +1,166 @@
+"""`earnest bench`: how fast a model runs here."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import click
+
+from earnest.cli.opening import opened
+from earnest.cli.terminal import (
+    allow_bias_option,
+    human_bytes,
+    json_option,
+    notice,
+    out,
+    print_json,
+    print_table,
+    progress_bar,
+)
+from earnest.measure import Rates, Speed, measure_rates, measure_speed, plan
+from earnest.runners.native import isa
+
+EPILOG = """\b
+Examples:
+  earnest bench smollm2
+  earnest bench ./ERNIE-4.5-21B-A3B-PT --depth 0,4096,16384 --batch 1,8
+  earnest bench model.gguf --threads 1 --tokens 64 --json
+"""
+
+_DEPTH_IS = "declared: KV blocks filled with random numbers"
+
+
+class Numbers(click.ParamType):
+    """Whole numbers between commas."""
+
+    name = "N,N,..."
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
+        """The numbers, as a list."""
+        if isinstance(value, list):
+            return value
+        try:
+            return [int(part) for part in value.split(",")]
+        except ValueError:
+            self.fail(f"{value!r} is not a list of whole numbers, as in 0,4096", param, ctx)
+
+
+@click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.argument("model")
+@click.option("--depth", type=Numbers(), help="Tokens already stored (default: 0,4096).")
+@click.option("--batch", type=Numbers(), default="1,4", help="Sequences together (default: 1,4).")
+@click.option("--prefill", type=click.IntRange(min=0), help="Prompt tokens (default: 512).")
+@click.option("--tokens", type=click.IntRange(min=0), default=32, help="Tokens to decode (32).")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
+@click.option(
+    "--runner",
+    type=click.Choice(["native", "reference"]),
+    help="Compiled kernels (default where installed), or plain numpy.",
+)
+@allow_bias_option
+@json_option
+def command(
+    model: str,
+    depth: list[int] | None,
+    batch: list[int],
+    prefill: int | None,
+    tokens: int,
+    threads: int | None,
+    runner: Literal["native", "reference"] | None,
+    allow_missing_correction_bias: bool,
+    as_json: bool,
+) -> None:
+    """Measure prefill and decoding of MODEL at depths and batch sizes; medians.
+
+    GB/s counts what a step must read: weights (of experts, those that were chosen) once, keys and
+    values up to each position; its share is of the read bandwidth measured in the same minute.
+    Every sequence is fed its own random tokens. A depth is declared: the KV blocks are filled with
+    random numbers, which a step reads like any others. Sampling is not timed.
+    """
+    with progress_bar("opening") as progress:
+        checkpoint = opened(
+            model, progress, allow_missing_correction_bias=allow_missing_correction_bias
+        )
+        what = plan(checkpoint.config, depths=depth, batches=batch, prefill=prefill, tokens=tokens)
+        speed = measure_speed(
+            checkpoint,
+            what,
+            runner=runner,
+            threads=threads,
+            loading=progress,
+            progress=_announce,
+        )
+    # Afterwards, so that the memory it reads is not part of the peak.
+    rates = measure_rates(speed.threads) if isa.installed() else None
+    if as_json:
+        print_json(_facts(speed, rates))
+    else:
+        _print(speed, rates)
+
+
+def _announce(done: int, total: int, what: str) -> None:
+    if done < total:
+        notice(f"{done + 1} of {total}: {what}")
+
+
+def _facts(speed: Speed, rates: Rates | None) -> dict[str, Any]:
+    nothing = {"tier": None, "threads": None, "read_gb_s": None, "int8_tops": None}
+    return {
+        "machine": rates.to_dict() if rates else nothing,
+        "runner": speed.runner,
+        "depth_is": _DEPTH_IS,
+        "load_s": speed.load_seconds,
+        "first_token": [
+            {"prompt": n, "seconds": seconds} for n, seconds in speed.first_token_seconds.items()
+        ],
+        "peak_memory_bytes": speed.peak_memory,
+        "weight_bytes": speed.weight_bytes,
+        "kv_bytes_per_token": speed.kv_bytes_per_token,
+        "rows": [row.to_dict(rates) for row in speed.rows],
+    }
+
+
+def _print(speed: Speed, rates: Rates | None) -> None:
+    if rates is None:
+        out.print(f"{speed.runner} runner; without kernels the machine cannot be measured")
+    else:
+        out.print(
+            f"{speed.runner} runner, tier {rates.tier}, {rates.threads} threads; "
+            f"this machine reads {rates.read / 1e9:.1f} GB/s and does "
+            f"{rates.integer / 1e12:.2f} int8 TOP/s"
+        )
+    out.print(
+        f"weights {human_bytes(speed.weight_bytes)}, keys and values "
+        f"{human_bytes(speed.kv_bytes_per_token)} a token; depth {_DEPTH_IS}"
+    )
+    first = ", ".join(
+        f"{1e3 * seconds:,.0f} ms after a prompt of {n}"
+        for n, seconds in speed.first_token_seconds.items()
+    )
+    peak = "unknown" if speed.peak_memory is None else human_bytes(speed.peak_memory)
+    out.print(
+        f"loaded in {speed.load_seconds:.2f} s; first token, cold: {first}; peak memory {peak}"
+    )
+    rows = [row.to_dict(rates) for row in speed.rows]
+    print_table(
+        "speed",
+        ["kind", "depth", "batch", "tokens", "ms/step", "tok/s", "GB/s", "of read", "of int8"],
+        [
+            [
+                row["kind"],
+                f"{row['depth']:,}",
+                str(row["batch"]),
+                str(row["tokens"]),
+                f"{row['step_ms']:,.2f}",
+                f"{row['tok_s']:,.1f}",
+                f"{row['gb_s']:,.2f}",
+                _percent(row["bandwidth_share"]),
+                _percent(row["int8_share"]),
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f}%"

@@ -1,0 +1,128 @@
+"""`earnest bench` and `earnest doctor`, as a user meets them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from earnest.cli.main import main
+from earnest.measure import machine
+from earnest.runners.native import isa
+
+needs_kernels = pytest.mark.skipif(not isa.installed(), reason="the compiled kernels are not built")
+QUICK = ["--depth", "0,16", "--batch", "1,2", "--prefill", "8", "--tokens", "3"]
+
+
+@pytest.fixture(autouse=True)
+def less_memory_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_READ", machine._LEAST_READ)
+
+
+def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as left:
+        main(list(arguments))
+    said = capsys.readouterr()
+    return int(left.value.code or 0), said.out, said.err
+
+
+@needs_kernels
+def test_bench_reports_rows_for_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "bench", "stories", *QUICK, "--threads", "1", "--json")
+    assert status == 0, err
+    facts = json.loads(out)
+    assert set(facts["machine"]) == {"tier", "threads", "read_gb_s", "int8_tops"}
+    assert facts["machine"]["threads"] == 1
+    assert len(facts["rows"]) == 8
+    wanted = {"kind", "depth", "batch", "tokens", "tok_s", "gb_s", "bandwidth_share"}
+    for row in facts["rows"]:
+        assert wanted <= set(row)
+        share = row["gb_s"] / facts["machine"]["read_gb_s"]
+        assert row["bandwidth_share"] == pytest.approx(share)
+    assert [entry["prompt"] for entry in facts["first_token"]] == [1, 8]
+    assert "8 of 8" in err
+
+
+def test_bench_runs_the_reference_without_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(isa, "_load", lambda: None)
+    status, out, err = run(capsys, "bench", "stories", *QUICK, "--runner", "reference", "--json")
+    assert status == 0, err
+    facts = json.loads(out)
+    assert facts["runner"] == "reference"
+    assert facts["machine"]["read_gb_s"] is None
+    assert all(row["bandwidth_share"] is None for row in facts["rows"])
+
+
+def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "bench", "stories", *QUICK, "--runner", "reference")
+    assert status == 0, err
+    assert "tok/s" in out
+    assert out.count("decode") == 4
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--depth", "1,x"], 2, "not a list of whole numbers"),
+        (["--depth", "-5"], 2, "cannot be measured"),
+        (["--depth", "100000"], 2, "longer than the model's context"),
+        (["--batch", ""], 2, "not a list of whole numbers"),
+        (["--tokens", "0", "--prefill", "0"], 2, "neither"),
+    ],
+)
+def test_bench_refuses_nonsense(
+    capsys: pytest.CaptureFixture[str], options: list[str], status: int, message: str
+) -> None:
+    left, _, err = run(capsys, "bench", "stories", *options)
+    assert left == status
+    assert message in err
+
+
+def test_bench_of_nothing_is_not_found(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    status, _, err = run(capsys, "bench", str(tmp_path / "absent"))
+    assert status == 2
+    assert "absent" in err
+
+
+@needs_kernels
+def test_doctor_reports_for_people_and_machines(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run(capsys, "doctor", "--threads", "1")
+    assert status == 0, err
+    assert "GB/s" in out
+    assert "TOP/s" in out
+    assert "21b-a3b" in out
+    status, out, _ = run(capsys, "doctor", "--threads", "1", "--json")
+    facts = json.loads(out)
+    assert facts["machine"]["tier"] == facts["rates"]["tier"] == isa.tier()
+    assert facts["rates"]["threads"] == 1
+    assert facts["problems"] == []
+    assert len(facts["fits"]) == 9
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_doctor_says_loudly_that_there_are_no_kernels(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
+) -> None:
+    monkeypatch.setattr(isa, "_load", lambda: None)
+    status, out, err = run(capsys, "doctor", *(["--json"] if as_json else []))
+    assert status == 0
+    if as_json:
+        facts = json.loads(out)
+        assert facts["rates"] is None
+        assert "C++ compiler" in facts["problems"][0]
+    else:
+        assert "NONE" in out
+        assert "pip install" in err
+
+
+@needs_kernels
+def test_doctor_refuses_a_tier_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EARNEST_ISA", "sse9")
+    status, _, err = run(capsys, "doctor")
+    assert status == 2
+    assert "EARNEST_ISA" in err

@@ -1,0 +1,146 @@
+"""What the machine is, and what fits on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from earnest.codecs.registry import codec
+from earnest.config import PRESETS, Accounting
+from earnest.errors import MemoryBudgetError
+from earnest.measure import machine
+from earnest.runners.native import isa
+
+needs_kernels = pytest.mark.skipif(not isa.installed(), reason="the compiled kernels are not built")
+
+
+def test_looking_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(isa, "_load", lambda: None)
+    seen = machine.look()
+    assert seen.tier is None
+    assert seen.compiled_tiers is None
+    assert 1 <= seen.threads <= seen.allowed <= seen.cores
+    assert seen.free_memory > 0
+    monkeypatch.setattr(machine, "cpu_quota", lambda: 0.5)
+    assert machine.look().threads == 1
+
+
+@needs_kernels
+def test_threads_without_kernels_are_the_threads_with_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    threads = machine.look().threads
+    monkeypatch.setattr(isa, "_load", lambda: None)
+    assert machine.look().threads == threads
+
+
+@needs_kernels
+def test_rates_are_positive_and_name_what_ran(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "_READ", machine._LEAST_READ)
+    monkeypatch.setenv("EARNEST_ISA", "generic")
+    rates = machine.measure_rates(1)
+    assert (rates.tier, rates.threads) == ("generic", 1)
+    assert rates.read > 0
+    assert rates.integer > 0
+    assert rates.to_dict()["read_gb_s"] == rates.read / 1e9
+
+
+@needs_kernels
+def test_without_memory_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine.env, "free_memory", lambda: 2**20)
+    with pytest.raises(MemoryBudgetError, match="too little memory"):
+        machine.measure_rates(1)
+
+
+@pytest.mark.parametrize(
+    ("groups", "files", "expected"),
+    [
+        ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 1.5),
+        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 0.5),
+        ("0::/a/b", {"a/cpu.max": "400000 100000", "cpu.max": "200000 100000"}, 2),
+        ("0::/a", {"a/cpu.max": "max 100000"}, None),
+        ("0::/a", {"a/cpu.max": "nonsense"}, None),
+        ("0::/", {}, None),
+        ("nonsense", {}, None),
+        ("", {}, None),
+        (
+            "4:cpu,cpuacct:/c",
+            {"cpu/c/cpu.cfs_quota_us": "300000", "cpu/c/cpu.cfs_period_us": "100000"},
+            3,
+        ),
+        (
+            "4:cpu:/c",
+            {"cpu/c/cpu.cfs_quota_us": "-1", "cpu/c/cpu.cfs_period_us": "100000"},
+            None,
+        ),
+        ("5:memory:/m", {"cpu/m/cpu.max": "100000 100000"}, None),
+    ],
+)
+def test_the_tightest_quota_counts(
+    tmp_path: Path, groups: str, files: dict[str, str], expected: float | None
+) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+    (tmp_path / "groups").write_text(groups)
+    assert machine.cpu_quota(tmp_path / "groups", root) == expected
+
+
+def test_caches_are_read_and_instructions_left_out(tmp_path: Path) -> None:
+    for index, (level, kind, size, shared) in enumerate(
+        [
+            (3, "Unified", "32M", "0-3,8"),
+            (1, "Instruction", "32K", "0"),
+            (1, "Data", "32K", "0-1"),
+            (2, "Unified", "", "0"),
+        ]
+    ):
+        folder = tmp_path / f"index{index}"
+        folder.mkdir()
+        for name, value in {
+            "level": level, "type": kind, "size": size, "shared_cpu_list": shared,
+        }.items():  # fmt: skip
+            (folder / name).write_text(f"{value}\n")
+    assert machine._caches(tmp_path) == (
+        machine.Cache(1, 32 * 2**10, 2),
+        machine.Cache(3, 32 * 2**20, 5),
+    )
+    assert machine._caches(tmp_path / "absent") == ()
+
+
+def test_what_fits_is_what_accounting_says() -> None:
+    rows = machine.fits(14 * 10**9, read=60e9)
+    by_name = {(row["model"], row["type"]): row for row in rows}
+    assert len(by_name) == len(rows) == len(machine.MEMBERS) * len(machine.TYPES)
+    assert by_name["21b-a3b", "q4_0"]["fits"]
+    assert not by_name["21b-a3b", "q8_0"]["fits"]
+    assert not any(row["fits"] for row in rows if row["model"] == "300b-a47b")
+    edge = by_name["0.3b", "bf16"]
+    need = edge["weight_bytes"] + edge["kv_bytes"]
+    for free, verdict in ((need, True), (need - 1, False)):
+        last = machine.fits(free, configs={"0.3b": PRESETS["0.3b"]})[-1]
+        assert (last["type"], last["fits"]) == ("bf16", verdict)
+    # A token of the 21B model reads its 3.35 B weights and 4,096 keys and values of 28 layers.
+    token = 60e9 / by_name["21b-a3b", "q4_0"]["most_tok_s"]
+    keys_values = 2 * 2 * 28 * 4 * 128 * 4096
+    assert token - keys_values == pytest.approx(3.35e9 * 4.5 / 8, rel=0.02)
+    assert all(row["most_tok_s"] is None for row in machine.fits(10**9))
+
+
+@pytest.mark.parametrize("name", ["0.3b", "21b-a3b", "300b-a47b"])
+def test_active_bytes_agree_with_active_parameters(name: str) -> None:
+    counted = Accounting(PRESETS[name])
+    bits = dict.fromkeys(counted.parts, codec("bf16").bits_per_weight)
+    embedding = 0 if counted.config.tie_word_embeddings else counted.parts["embedding"]
+    # `active` leaves out the correction bias, which is read all the same.
+    expected = 2 * (counted.active - embedding + counted.parts["correction_bias"])
+    assert machine.active_bytes(counted, bits) == expected
+
+
+def test_peak_memory_is_at_least_what_is_held() -> None:
+    held = bytearray(b"x" * 10**8)
+    peak = machine.peak_memory()
+    assert peak is None or peak > len(held)
