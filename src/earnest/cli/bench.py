@@ -30,25 +30,22 @@ Examples:
 _DEPTH_IS = "declared: KV blocks filled with random numbers"
 
 
-class Numbers(click.ParamType):
-    """Whole numbers between commas."""
-
-    name = "N,N,..."
-
-    def convert(self, value: Any, param: Any, ctx: Any) -> list[int]:
-        """The numbers, as a list."""
-        if isinstance(value, list):
-            return value
-        try:
-            return [int(part) for part in value.split(",")]
-        except ValueError:
-            self.fail(f"{value!r} is not a list of whole numbers, as in 0,4096", param, ctx)
+def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
+    """Whole numbers between commas, as a list."""
+    if value is None:
+        return None
+    try:
+        return [int(part) for part in value.split(",")]
+    except ValueError:
+        raise click.BadParameter(
+            f"{value!r} is not a list of whole numbers, as in 0,4096"
+        ) from None
 
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--depth", type=Numbers(), help="Tokens already stored (default: 0,4096).")
-@click.option("--batch", type=Numbers(), default="1,4", help="Sequences together (default: 1,4).")
+@click.option("--depth", callback=_numbers, metavar="N,N,...", help="Tokens already stored (default: 0,4096).")
+@click.option("--batch", callback=_numbers, metavar="N,N,...", default="1,4", help="Sequences together (default: 1,4).")
 @click.option("--prefill", type=click.IntRange(min=0), help="Prompt tokens (default: 512).")
 @click.option("--tokens", type=click.IntRange(min=0), default=32, help="Tokens to decode (32).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")

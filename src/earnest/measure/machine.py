@@ -217,7 +217,7 @@ def cpu_quota(
 ) -> float | None:
     """Processors' worth of time that this process's control groups and their parents allow, the
     least of all; None for no limit. Versions 1 and 2."""
-    limits = []
+    limits: list[float] = []
     for line in _text(groups).splitlines():
         _, controllers, path = [*line.split(":", 2), "", ""][:3]
         if controllers and "cpu" not in controllers.split(","):
