@@ -342,7 +342,7 @@ def test_a_destination_that_cannot_be_written(small_moe: Path) -> None:
         (["verify", "stories", "--manifest", "nowhere.json"], 2, "nowhere.json"),
         (["run", "owner/name", "-p", "x"], 2, "earnest pull owner/name"),
         (["run", "./nowhere.gguf", "-p", "x"], 2, "nowhere.gguf"),
-        (["run", "storys", "-p", "x"], 2, "did you mean stories"),
+        (["run", "storiez", "-p", "x"], 2, "did you mean stories"),
     ],
 )
 def test_bad_calls(arguments: list[str], status: int, words: str, tmp_path: Path) -> None:
