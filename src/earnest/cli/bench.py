@@ -44,8 +44,16 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model")
-@click.option("--depth", callback=_numbers, metavar="N,N,...", help="Tokens already stored (default: 0,4096).")
-@click.option("--batch", callback=_numbers, metavar="N,N,...", default="1,4", help="Sequences together (default: 1,4).")
+@click.option(
+    "--depth", callback=_numbers, metavar="N,N,...", help="Tokens already stored (default: 0,4096)."
+)
+@click.option(
+    "--batch",
+    callback=_numbers,
+    metavar="N,N,...",
+    default="1,4",
+    help="Sequences together (default: 1,4).",
+)
 @click.option("--prefill", type=click.IntRange(min=0), help="Prompt tokens (default: 512).")
 @click.option("--tokens", type=click.IntRange(min=0), default=32, help="Tokens to decode (32).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
