@@ -3,17 +3,22 @@
 Every configuration is saved by `save_pretrained`, opened by `open_checkpoint`, and run by both in
 float32 on the same tokens. A third of the files are bfloat16 (widened to float32 by both). A fifth
 of the sequences are continued from a long random KV cache, so that the last position is 131,071.
+Each is then converted to the Paddle layout and to GGUF, and must give the same again.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from earnest.checkpoint import open_checkpoint
+from earnest.checkpoint import Checkpoint, open_checkpoint
+from earnest.checkpoint.convert import convert
+from earnest.checkpoint.export import export
+from earnest.errors import ConfigError
 from earnest.runners import Routing
 
 torch = pytest.importorskip("torch", reason="the reference implementation needs torch")
@@ -200,10 +205,24 @@ def assert_close(ours: np.ndarray, theirs: np.ndarray) -> None:
     assert np.abs(ours - theirs).max() < 1e-4 * scale
 
 
+def converted(checkpoint: Checkpoint, folder: Path) -> Iterator[Checkpoint]:
+    """The checkpoint through our own conversions to Paddle and to GGUF."""
+    convert(checkpoint, folder / "paddle", "paddle")
+    yield open_checkpoint(folder / "paddle")
+    config = checkpoint.config
+    if config.is_moe and config.moe_layer_end_index < config.num_hidden_layers - 1:
+        with pytest.raises(ConfigError, match="moe_layer_end_index"):  # GGUF cannot say it
+            export(checkpoint, folder / "model.gguf")
+    else:
+        export(checkpoint, folder / "model.gguf")
+        yield open_checkpoint(folder / "model.gguf")
+
+
 @pytest.mark.parametrize("seed", range(44))
 def test_random_configuration(seed: int, tmp_path: Path, batch_of, runner_for) -> None:
-    case = make_case(seed, tmp_path)
-    checkpoint = open_checkpoint(tmp_path)
+    folder = tmp_path / "hf"
+    case = make_case(seed, folder)
+    checkpoint = open_checkpoint(folder)
     budget = 0 if seed % 7 == 3 else None
     length = case.start + TOKENS
     runner = runner_for(checkpoint, length + 64, memory_budget=budget)
@@ -225,3 +244,12 @@ def test_random_configuration(seed: int, tmp_path: Path, batch_of, runner_for) -
         for i, token in enumerate(case.tokens[7:], 7)
     ]
     assert_close(np.concatenate(incremental), case.logits)
+
+    # The same weights in the other layouts.
+    for other in converted(checkpoint, tmp_path):
+        again = runner_for(other, length + 64, memory_budget=budget)
+        fill_cache(again, case, table)
+        routing = []
+        logits = again.step(batch_of((case.tokens, case.start, table)), routing)
+        assert compare_routing(case, routing) <= 1, f"ties must be rare ({other.dialect})"
+        assert_close(logits, case.logits)
