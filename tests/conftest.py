@@ -6,6 +6,13 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# In CI the drawn examples are the same every time, so that a change is judged by itself; everywhere
+# else they are fresh, and what they find becomes an @example.
+settings.register_profile("ci", derandomize=True)
+if os.environ.get("CI"):
+    settings.load_profile("ci")
 
 # Tests run beside each other (pytest -n): one thread each for the matrix products of numpy and
 # torch, or they wait for one another. Must be set before either is imported.

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from config_strategies import configs
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from earnest.config import Accounting, ErnieConfig, from_hf, preset, to_hf
@@ -422,6 +422,8 @@ json_values = st.recursive(
         max_size=3,
     ),
 )
+@example(MOE, {"moe_num_experts": -1})
+@example(MOE, {"moe_num_experts": 0})
 def test_any_value_anywhere_is_read_or_refused(base: dict[str, Any], changes: dict) -> None:
     try:
         config = from_hf({**base, **changes})

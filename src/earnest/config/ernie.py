@@ -82,6 +82,8 @@ class ErnieConfig:
             for name, limit in bounds.items()
             if not 1 <= getattr(self, name) <= limit
         ]
+        if self.moe_num_experts < 0:
+            found.append(f"moe_num_experts must not be negative, got {self.moe_num_experts}")
         if found:
             return found
         if self.num_attention_heads % self.num_key_value_heads:
