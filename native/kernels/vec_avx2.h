@@ -17,10 +17,11 @@ struct Vec {
   static constexpr int kQueries = 3;  // query heads that attention works on together
   static constexpr int kPanels = 1, kFloatTokens = 2;
 #if EARNEST_AVXVNNI
-  static constexpr int kTokens = 4;
+  static constexpr int kTokens[] = {4, 4}, kUnexpanded = 8;
   static constexpr int kSignedOffset = 128;  // dpbusd takes unsigned x signed
 #else
-  static constexpr int kTokens = 4;
+  // Sums of 16 and of 32 bits of every token and plane, in 16 registers.
+  static constexpr int kTokens[] = {3, 2}, kUnexpanded = 8;
   static constexpr int kSignedOffset = 0;
 #endif
 

@@ -15,7 +15,7 @@ namespace {
 struct Vec {
   static constexpr int kQueries = 8;  // query heads that attention works on together
   // 2 panels x 6 tokens: 12 integer and 12 float accumulators, 4 weights, 2 scales of 32 registers.
-  static constexpr int kPanels = 2, kTokens = 6, kFloatTokens = 4;
+  static constexpr int kPanels = 2, kTokens[] = {6, 6}, kFloatTokens = 4, kUnexpanded = 48;
   static constexpr int kSignedOffset = 128;  // dpbusd takes unsigned x signed
 
   using F = __m512;

@@ -21,8 +21,10 @@ using UnsignedShorts = uint16_t __attribute__((vector_size(64)));
 
 struct Vec {
   static constexpr int kQueries = 1;  // query heads that attention works on together
-  // Panels and tokens worked on together: as many accumulators as the registers hold.
-  static constexpr int kPanels = 1, kTokens = 2, kFloatTokens = 2;
+  // Panels and tokens worked on together: as many accumulators as the registers hold. kTokens with
+  // one plane of activations, with two. Up to kUnexpanded tokens, reading a panel's own blocks for
+  // every tile costs less than writing them out as bytes first.
+  static constexpr int kPanels = 1, kTokens[] = {2, 2}, kFloatTokens = 2, kUnexpanded = 2;
   // What is added to signed weights so that the tier's byte product takes them (0 or 128).
   static constexpr int kSignedOffset = 0;
 

@@ -12,7 +12,7 @@ namespace {
 struct Vec {
   static constexpr int kQueries = 2;  // query heads that attention works on together
   // 4 tokens: 16 integer accumulators of 32 registers; the float ones live in the first cache.
-  static constexpr int kPanels = 1, kTokens = 4, kFloatTokens = 2;
+  static constexpr int kPanels = 1, kTokens[] = {4, 4}, kFloatTokens = 2, kUnexpanded = 4;
   static constexpr int kSignedOffset = 0;  // sdot takes signed x signed
 
   struct F { float32x4_t v[4]; };
