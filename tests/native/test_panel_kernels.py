@@ -84,7 +84,7 @@ def test_quantised_activations_lose_little(planes: int) -> None:
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("planes", [1, 2])
 @pytest.mark.parametrize("name", BLOCKS)
-@pytest.mark.parametrize("tokens", [1, 2, 3, 7, 18])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 7, 8, 9, 10, 18, 50])
 def test_block_codecs_equal_the_twin(tier: str, name: str, planes: int, tokens: int) -> None:
     rows, columns = 53, 768 if CODECS[name].block_weights == 256 else 288
     raw, x = random_weights(name, rows, columns), activations(tokens, columns)
