@@ -32,7 +32,7 @@ Examples:
 @click.option(
     "--against",
     type=click.Choice(["transformers"]),
-    help="Also compare experts and logits with this reference (pip install 'earnest[verify]').",
+    help="Also compare experts and logits with this reference (needs torch and transformers).",
 )
 @click.option(
     "--layers",

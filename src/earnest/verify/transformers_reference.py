@@ -84,7 +84,7 @@ def load_packages() -> tuple[ModuleType, ModuleType]:
             raise MissingPackageError(
                 f"comparing with the reference needs the package {name}, which cannot be imported",
                 got=error,
-                remedy="pip install 'earnest[verify]'",
+                remedy="pip install 'torch>=2.6' 'transformers>=5.0'",
             ) from error
     torch, transformers = found
     if not hasattr(transformers, "Ernie4_5_MoeForCausalLM"):
@@ -92,7 +92,7 @@ def load_packages() -> tuple[ModuleType, ModuleType]:
             "the installed transformers does not know ERNIE 4.5",
             got=getattr(transformers, "__version__", "an unknown version"),
             expected="5.0 or later",
-            remedy="pip install --upgrade 'earnest[verify]'",
+            remedy="pip install --upgrade 'transformers>=5.0'",
         )
     return torch, transformers
 

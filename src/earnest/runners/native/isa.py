@@ -14,7 +14,7 @@ WITHOUT_KERNELS = (
     "earnest was installed without its compiled kernels, because no C++ compiler was found\n"
     "  costs:    models run in numpy, tens of times slower and with several times the memory\n"
     "  to do:    install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install)\n"
-    "            and run: pip install --force-reinstall --no-deps earnest"
+    "            and, in Earnest's checkout: pip install --force-reinstall --no-deps ."
 )
 
 

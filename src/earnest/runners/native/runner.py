@@ -51,6 +51,9 @@ class NativeRunner:
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
         progress: told how far packing is.
 
+    Attributes:
+        config, block_size, num_blocks: what the protocol asks for.
+
     Raises:
         MissingPackageError: this installation has no compiled kernels.
         UserError: an argument is out of range.
@@ -91,7 +94,7 @@ class NativeRunner:
             )
         if num_blocks > 2**31 - 1:
             raise UserError("num_blocks is out of range", got=num_blocks, expected="32 bits")
-        self._config, self._block_size, self._num_blocks = config, block_size, num_blocks
+        self.config, self.block_size, self.num_blocks = config, block_size, num_blocks
         self._inverse_F = inverse_frequencies(config.head_dim, config.rope_theta)
         self._moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
         self.pool = ops.thread_pool(threads)
@@ -127,21 +130,6 @@ class NativeRunner:
         self.cache: Bytes = np.zeros(self.kv_bytes, np.uint8)
         self._model.use(np.empty(scratch + 64, np.uint8), self.cache)
 
-    @property
-    def config(self) -> ErnieConfig:
-        """The model's numbers."""
-        return self._config
-
-    @property
-    def block_size(self) -> int:
-        """Positions per KV block."""
-        return self._block_size
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks there are, in all."""
-        return self._num_blocks
-
     def step(self, batch: Batch, routing: list[Routing] | None = None) -> Float32:
         """Run the batch, store its keys and values, return logits float32 `[R, vocab_size]`.
 
@@ -156,13 +144,13 @@ class NativeRunner:
             PromptError: a token id is outside the vocabulary, or a position outside the context.
             UserError: the batch contradicts itself or the KV blocks; nothing has been stored.
         """
-        check_batch(batch, self._config, self._block_size, self._num_blocks)
+        check_batch(batch, self.config, self.block_size, self.num_blocks)
         T, R = len(batch.tokens), len(batch.logits_rows)
         cos_TF, sin_TF = rotations(batch.positions, self._inverse_F)
-        logits_RV = np.empty((R, self._config.vocab_size), np.float32)
+        logits_RV = np.empty((R, self.config.vocab_size), np.float32)
         experts = weights = None
         if routing is not None and self._moe_layers:
-            shape = (len(self._moe_layers), T, self._config.moe_k)
+            shape = (len(self._moe_layers), T, self.config.moe_k)
             experts, weights = np.empty(shape, np.int32), np.empty(shape, np.float32)
         self._model.step(
             np.ascontiguousarray(batch.tokens, np.int32),
@@ -187,16 +175,16 @@ class NativeRunner:
         allowed = free - beside if budget is None else min(budget, free - beside)
         if packing.nbytes <= allowed:
             return
-        per_block = self.kv_bytes // self._num_blocks
+        per_block = self.kv_bytes // self.num_blocks
         gib = 2**30
         raise MemoryBudgetError(
             "the model does not fit into memory",
             got=f"{packing.nbytes / gib:.2f} GiB of weights, {self.kv_bytes / gib:.2f} GiB of keys "
-            f"and values ({self._num_blocks * self._block_size:,} positions), "
+            f"and values ({self.num_blocks * self.block_size:,} positions), "
             f"{self.scratch_bytes / gib:.2f} GiB of scratch",
             expected=f"{free / gib:.2f} GiB are free"
             + ("" if budget is None else f", weights may take {budget / gib:.2f} GiB"),
-            remedy=f"ask for a shorter context (a block of {self._block_size} positions takes "
+            remedy=f"ask for a shorter context (a block of {self.block_size} positions takes "
             f"{per_block:,} bytes), or quantise the weights",
         )
 

@@ -40,6 +40,9 @@ class ReferenceRunner:
             default.
         arithmetic: deliberate mistakes, for diagnosis; none by default.
 
+    Attributes:
+        config, block_size, num_blocks: what the protocol asks for.
+
     Raises:
         UserError: an argument is out of range.
         MemoryBudgetError: the KV blocks do not fit into the free memory.
@@ -67,7 +70,7 @@ class ReferenceRunner:
                 got=num_layers,
                 expected=f"1 to {config.num_hidden_layers}, what the model has",
             )
-        self._config, self._block_size, self._num_blocks = config, block_size, num_blocks
+        self.config, self.block_size, self.num_blocks = config, block_size, num_blocks
         free = env.free_memory() - _kv_bytes(config, layers, num_blocks * block_size)
         if free < 0:
             raise _too_many_blocks(config, layers, num_blocks, block_size)
@@ -79,21 +82,6 @@ class ReferenceRunner:
             raise _too_many_blocks(config, layers, num_blocks, block_size) from error
         weights = Weights(_used_tensors(checkpoint.tensors, layers), min(budget, free))
         self.model = Model(config, weights, layers, arithmetic or Arithmetic())
-
-    @property
-    def config(self) -> ErnieConfig:
-        """The model's numbers."""
-        return self._config
-
-    @property
-    def block_size(self) -> int:
-        """Positions per KV block."""
-        return self._block_size
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks there are, in all."""
-        return self._num_blocks
 
     def step(self, batch: Batch, routing: list[Routing] | None = None) -> Float32:
         """Run the batch, store its keys and values, return logits float32 `[R, vocab_size]`.
@@ -107,10 +95,10 @@ class ReferenceRunner:
             PromptError: a token id is outside the vocabulary, or a position outside the context.
             UserError: the batch contradicts itself or the KV blocks; nothing has been stored.
         """
-        check_batch(batch, self._config, self._block_size, self._num_blocks)
+        check_batch(batch, self.config, self.block_size, self.num_blocks)
         if len(batch.tokens) <= PIECE_TOKENS:
             return self.model.logits(batch, self.cache, routing)
-        logits_RV = np.empty((len(batch.logits_rows), self._config.vocab_size), np.float32)
+        logits_RV = np.empty((len(batch.logits_rows), self.config.vocab_size), np.float32)
         parts: list[list[Routing]] = []
         for wanted_R, piece in _pieces(batch, PIECE_TOKENS):
             parts.append([])
