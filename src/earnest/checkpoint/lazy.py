@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from earnest.codecs.base import Codec, Float32, Raw
+from earnest.codecs.bits import Bytes
 
 # The origin of a tensor that the files lack and that zeros stand in for.
 ABSENT = "absent: zeros"
@@ -42,6 +43,8 @@ class LazyTensor:
         view: returns the stored array, a view of the memory-mapped file wherever the layout allows
             (shape `codec.stored_shape(shape)`, dtype `codec.storage`).
         origin: file and stored name, for messages.
+        panels: where the file holds the tensor as panels of its codec (`codecs.panel`): returns
+            them as `uint8 [panels, bytes of a panel]`, a view of the file. None elsewhere.
     """
 
     name: str
@@ -49,6 +52,7 @@ class LazyTensor:
     shape: tuple[int, ...]
     view: Callable[[], Raw]
     origin: str
+    panels: Callable[[], Bytes] | None = None
 
     @property
     def size(self) -> int:
