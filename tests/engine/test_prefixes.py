@@ -26,13 +26,11 @@ def test_only_what_the_same_tenant_stored_is_found(
 
     pool = BlockPool(num_blocks, digest=digest)
     holds: dict[int, tuple[bytes, list[int]]] = {}
-    hits = 0
     for tokens, salt in prompts:
         start = pool.beginning(salt)
         found = pool.find(start, tokens, SIZE)
         for index, link in enumerate(found):
             assert holds[link.block] == (salt, tokens[: (index + 1) * SIZE])
-        hits += len(found)
         blocks = [link.block for link in found]
         fresh = pool.allocate(len(tokens) // SIZE - len(found))
         assert fresh is not None
@@ -47,9 +45,6 @@ def test_only_what_the_same_tenant_stored_is_found(
         pool.free(blocks)
         pool.check_idle()
         assert pool.num_free == num_blocks
-    if bits == 128 and num_blocks == 40 and len(set(map(repr, prompts))) < len(prompts):
-        again = [p for i, p in enumerate(prompts) if p in prompts[:i] and len(p[0]) >= SIZE]
-        assert hits or not again or sum(len(p[0]) // SIZE for p in prompts) > num_blocks
 
 
 def test_the_longest_unused_is_forgotten_first_and_ends_before_beginnings() -> None:
