@@ -239,7 +239,7 @@ class Service:
     def _step(self) -> list[tuple[int, Event]]:
         try:
             return self._engine.step()
-        except Exception as error:  # whatever it is, the callers must hear of it
+        except Exception as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
             logger.exception("a step of the engine failed")
             problem = MachineError(
                 f"a step of the engine failed: {type(error).__name__}: {error}",
@@ -261,7 +261,7 @@ class Service:
     def _tell(self, ticket: Ticket, which: int, event: Event) -> None:
         try:
             ticket.deliver(which, event)
-        except Exception:
+        except Exception:  # noqa: BLE001 - one receiver's defect must not end the others
             logger.exception("a request's receiver failed; the rest of it is given up")
             self.cancel(ticket)
 
@@ -269,7 +269,7 @@ class Service:
         """End what is left of a ticket with an error."""
         left = [which for which in range(len(ticket.requests)) if self._is_open(ticket, which)]
         self._give_up(ticket)
-        for which in left[:1]:
+        for which in left:
             self._tell(ticket, which, error)
 
     @staticmethod
