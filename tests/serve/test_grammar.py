@@ -14,7 +14,8 @@ pytest.importorskip("llguidance", reason="earnest[serve] is not installed")
 from earnest.engine.constraint import Constraint
 from earnest.engine.language_model import LanguageModel, load
 from earnest.errors import GrammarError
-from earnest.serve.grammar import Banned, Grammars
+from earnest.serve.constraints import Banned, ThinkingBudget
+from earnest.serve.grammar import Grammars
 
 
 @pytest.fixture(scope="module")
@@ -116,3 +117,16 @@ def test_banned_runs() -> None:
     assert state.allowed().tolist() == [True, True, False, False, True]  # type: ignore[union-attr]
     state.accept(0)
     assert state.allowed().tolist() == [True, True, True, False, True]  # type: ignore[union-attr]
+
+
+def test_thoughts_come_to_an_end() -> None:
+    pieces = [b"a", b"</", b"think>", b"b"]
+    state = ThinkingBudget(2, [1, 2], pieces, b"</think>", 4, None)
+    for token, only in ((0, None), (3, None), (1, 1), (2, 2), (0, None)):
+        allowed = state.allowed()
+        assert (allowed is None) if only is None else np.flatnonzero(allowed).tolist() == [only]
+        state.accept(token)
+    early = ThinkingBudget(3, [1, 2], pieces, b"</think>", 4, None)
+    for token in (1, 2, 0, 0, 0):
+        assert early.allowed() is None
+        early.accept(token)

@@ -77,6 +77,22 @@ class Grammars:
         _check_size(text)
         return json.dumps({"grammars": [{"lark_grammar": text}]})
 
+    def calls(self, schema: Mapping[str, Any], *, several: bool) -> str:
+        """Nothing but blocks of tool calls, whose inside follows `schema`."""
+        _check_nesting(schema)
+        text = json.dumps(schema)
+        _check_size(text)
+        repeated = "+" if several else ""
+        return self.lark(
+            f"start: call{repeated}\n"
+            'call: "<tool_call>" /\\n?/ inside /\\n?/ "</tool_call>" /\\n?/\n'
+            f"inside: %json {text}\n"
+        )
+
+    def spelled(self, text: str) -> list[int]:
+        """Tokens that spell exactly this text, wherever it stands."""
+        return self._vocabulary(text)
+
     def after_thinking(self, grammar: str) -> str:
         """The same, after a block of thoughts that is open already and ends with `</think>`."""
         return json.dumps(
@@ -113,9 +129,13 @@ class Grammars:
             raise GrammarError(f"the grammar cannot be used: {_first_line(str(error))}") from error
 
     @cached_property
+    def _vocabulary(self) -> _Vocabulary:
+        return _Vocabulary(self._tokenizer, self._vocab_size, self._end_ids)
+
+    @cached_property
     def _compiler(self) -> LLTokenizer:
         return LLTokenizer(
-            TokenizerWrapper(_Vocabulary(self._tokenizer, self._vocab_size, self._end_ids)),
+            TokenizerWrapper(self._vocabulary),
             n_vocab=self._vocab_size,
             eos_token=self._end_ids,
         )
@@ -182,39 +202,6 @@ class _State(Constraint):
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
-
-
-class Banned(Constraint):
-    """Keeps runs of tokens from being written, beside what another constraint allows.
-
-    Args:
-        runs: token ids, none of them empty.
-        vocab_size: rows of the logits.
-        other: what else must hold.
-    """
-
-    def __init__(
-        self, runs: Sequence[Sequence[int]], vocab_size: int, other: Constraint | None
-    ) -> None:
-        self._runs, self._vocab_size, self._other = runs, vocab_size, other
-        self._longest = max(len(run) for run in runs)
-        self._recent: list[int] = []
-
-    def allowed(self) -> npt.NDArray[np.bool_] | None:
-        allowed = None if self._other is None else self._other.allowed()
-        if allowed is None:
-            allowed = np.ones(self._vocab_size, np.bool_)
-        free = allowed.copy()
-        for run in self._runs:
-            before = list(run[:-1])
-            if not before or self._recent[-len(before) :] == before:
-                free[run[-1]] = False
-        return free if free.any() else allowed
-
-    def accept(self, token_id: int) -> None:
-        self._recent = [*self._recent, token_id][-self._longest :]
-        if self._other is not None:
-            self._other.accept(token_id)
 
 
 def _check_size(text: str) -> None:
