@@ -9,8 +9,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-pytest.importorskip("llguidance", reason="earnest[serve] is not installed")
-
 from earnest.engine.constraint import Constraint
 from earnest.engine.language_model import LanguageModel, load
 from earnest.errors import GrammarError

@@ -13,7 +13,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
-from conftest import Server  # type: ignore[import-not-found]
+from running import Server
 
 from earnest.engine import SamplingParams
 from earnest.engine.language_model import LanguageModel
@@ -181,6 +181,10 @@ def test_a_tool_that_must_be_called(client: openai.OpenAI, stream: bool) -> None
     assert name == "time" and json.loads(arguments)["city"] in ("Rome", "Oslo")
 
 
+IMAGE = {"type": "image_url", "image_url": {"url": "x"}}
+NO_SCHEMA = {"name": "x", "schema": {"type": "no"}}
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -188,12 +192,12 @@ def test_a_tool_that_must_be_called(client: openai.OpenAI, stream: bool) -> None
         ({"top_p": 2}, "top_p"),
         ({"extra_body": {"nonsense": 1}}, "nonsense"),
         ({"extra_body": {"suffix": "x"}}, "suffix"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": "x"}]}]}, "image"),
+        ({"messages": [{"role": "user", "content": [IMAGE]}]}, "image"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "user", "content": "a " * 20_000}]}, "context"),
         ({"logit_bias": {"abc": 1}}, "logit_bias"),
         ({"logit_bias": {"99999999": 1}}, "vocabulary"),
-        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "no"}}}}, "grammar"),
+        ({"response_format": {"type": "json_schema", "json_schema": NO_SCHEMA}}, "grammar"),
         ({"extra_body": {"guided_regex": "("}}, "grammar"),
         ({"tools": TOOLS, "tool_choice": {"type": "function", "function": {"name": "x"}}}, "tool"),
         ({"n": 0}, "n:"),

@@ -122,9 +122,8 @@ def command(
     else:
         where = f"unix:{unix_socket}"
     if not keys and host not in ("127.0.0.1", "localhost", "::1") and unix_socket is None:
-        notice(
-            f"anybody who reaches {host} may use it; --api-key {secrets.token_hex(8)} asks for a key"
-        )
+        key = secrets.token_hex(8)
+        notice(f"anybody who reaches {host} may use it; --api-key {key} asks for a key")
 
     def ready() -> None:
         out.print(f"serving {served.name} at {where} (Ctrl-C ends it)", markup=False)

@@ -286,6 +286,13 @@ def banning(
         return other
     if not all(words):
         raise PromptError("bad_words holds an empty text")
-    runs = [served.grammars.spelled(f"{space}{word}") for word in words for space in ("", " ")]
+    encode, spelled = served.model.tokenizer.encode, served.grammars.spelled
+    runs = [
+        ids
+        for word in words
+        for text in (word, f" {word}")
+        for ids in (encode(text, add_special_tokens=False, parse_special=False), spelled(text))
+        if ids
+    ]
     vocab_size = served.model.config.vocab_size
     return lambda: Banned(runs, vocab_size, None if other is None else other())

@@ -118,7 +118,10 @@ def _token_id(text: str) -> int:
 
 def grammar_of(served: Served, body: Sampled) -> Callable[[], str] | None:
     """The grammar that the parameters ask for; more than one is refused."""
-    grammars, outputs = served.grammars, body.structured_outputs or StructuredOutputs()
+    grammars, outputs = (
+        served.grammars,
+        body.structured_outputs or StructuredOutputs.model_validate({}),
+    )
     wanted: list[tuple[Any, Callable[[Any], str]]] = [
         (body.guided_json, grammars.json_schema),
         (outputs.json_, grammars.json_schema),

@@ -142,17 +142,15 @@ async def _serve(
     if server.started:
         ready()
         waiting = loop.create_task(ended.wait())
-        await asyncio.wait({waiting, task}, return_when=asyncio.FIRST_COMPLETED)
-        waiting.cancel()
+        task.add_done_callback(lambda _: ended.set())
+        await waiting
     logger.info("ending: no more requests are taken")
     service.drain()
     ended.clear()
     closing = loop.run_in_executor(None, service.close, drain_seconds)
-    impatient = loop.create_task(ended.wait())
-    await asyncio.wait({closing, impatient}, return_when=asyncio.FIRST_COMPLETED)
-    if not closing.done():
-        await loop.run_in_executor(None, service.close, 0.0)
-    impatient.cancel()
-    await closing
+    while not closing.done():
+        await asyncio.wait({closing}, timeout=0.1)
+        if ended.is_set():
+            await loop.run_in_executor(None, service.close, 0.0)
     server.should_exit = True
     await task
