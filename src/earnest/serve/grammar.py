@@ -53,7 +53,7 @@ class Grammars:
         _check_nesting(schema)
         text = json.dumps(schema)
         _check_size(text)
-        return self._made(LLMatcher.grammar_from_json_schema, text)
+        return self._made(_from_schema, text)
 
     def regex(self, pattern: str) -> str:
         """Text that a regular expression (of Rust's syntax) matches as a whole."""
@@ -80,7 +80,7 @@ class Grammars:
     def calls(self, schema: Mapping[str, Any], *, several: bool) -> str:
         """Nothing but blocks of tool calls, whose inside follows `schema`."""
         _check_nesting(schema)
-        text = json.dumps(schema)
+        text = json.dumps({**schema, "x-guidance": _COMPACT})
         _check_size(text)
         repeated = "+" if several else ""
         return self.lark(
@@ -141,7 +141,13 @@ class Grammars:
         )
 
 
+# Between JSON's tokens one space at most: models lose themselves in white space otherwise.
+_COMPACT = {"whitespace_flexible": False}
 _LIMITS = LLParserLimits(max_grammar_size=100_000)
+
+
+def _from_schema(text: str) -> str:
+    return LLMatcher.grammar_from_json_schema(text, defaults=_COMPACT)
 
 
 class _Vocabulary:

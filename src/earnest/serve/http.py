@@ -11,6 +11,7 @@ from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any, TypeVar
 
+from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -217,13 +218,8 @@ class Gate:
                 }
             await send(message)
 
-        bounded = _Bounded(
-            receive, self._served.limits.body_bytes, self._served.limits.body_seconds
-        )
-        try:
-            await self._app(scope, bounded, named)
-        except _RefusedError as refused:
-            await error_response(request, refused.error)(scope, receive, named)
+        limits = self._served.limits
+        await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), named)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         limit = self._served.limits.body_bytes
@@ -242,14 +238,9 @@ class Gate:
         return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
 
 
-class _RefusedError(Exception):
-    def __init__(self, error: ApiError) -> None:
-        super().__init__(error.message)
-        self.error = error
-
-
 class _Bounded:
-    """A request's body, of bounded size and time."""
+    """A request's body, of bounded size and time. Its errors are of the kind that the framework
+    passes on from the reading of a body."""
 
     def __init__(self, receive: Receive, most: int, seconds: float) -> None:
         self._receive, self._most, self._left = receive, most, most
@@ -263,12 +254,12 @@ class _Bounded:
             async with asyncio.timeout_at(self._until):
                 message = await self._receive()
         except TimeoutError:
-            raise _RefusedError(ApiError(408, "the request did not arrive in time")) from None
+            raise HTTPException(408, "the request did not arrive in time") from None
         if message["type"] == "http.request":
             self._left -= len(message.get("body", b""))
             self._complete = not message.get("more_body", False)
             if self._left < 0:
-                raise _RefusedError(_too_large(self._most))
+                raise HTTPException(413, _too_large(self._most).message)
         return message
 
 
