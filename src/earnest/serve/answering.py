@@ -254,9 +254,9 @@ def _constraint(
 ) -> MakeConstraint | None:
     grammar: str | None = None
     if tools and talk.tool_choice != "auto":
-        schema = calls_schema(tools, form)
-        more = "call" if talk.parallel_calls and form.takes_tools else ""
-        grammar = served.grammars.calls(schema, several=bool(more))
+        schema = calls_schema(tools, form, several=talk.parallel_calls)
+        several = talk.parallel_calls and form.takes_tools
+        grammar = served.grammars.calls(schema, several=several)
     elif talk.grammar is not None:
         grammar = talk.grammar()
     if grammar is not None and form.thinks:

@@ -17,6 +17,8 @@ from typing import Any
 
 _OPEN_THOUGHTS, _CLOSE_THOUGHTS = "<think>", "</think>"
 _OPEN_CALL, _CLOSE_CALL = "<tool_call>", "</tool_call>"
+# Calls in one answer that must call: a small model might never come to an end.
+_MOST_CALLS = 16
 _WRAPPERS = ("<response>", "</response>")
 
 
@@ -98,8 +100,11 @@ def _without_calls(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {"role": message["role"], "content": (message.get("content") or "") + text}
 
 
-def calls_schema(tools: Sequence[Mapping[str, Any]], form: Form) -> dict[str, Any]:
-    """A JSON schema of what stands in a `<tool_call>` block when calling one of `tools`."""
+def calls_schema(
+    tools: Sequence[Mapping[str, Any]], form: Form, *, several: bool = True
+) -> dict[str, Any]:
+    """A JSON schema of what stands in a `<tool_call>` block when calling one of `tools`, or several
+    where the form has them in one block."""
     each = [
         {
             "type": "object",
@@ -115,7 +120,7 @@ def calls_schema(tools: Sequence[Mapping[str, Any]], form: Form) -> dict[str, An
     one: dict[str, Any] = each[0] if len(each) == 1 else {"anyOf": each}
     if form.takes_tools:
         return one
-    return {"type": "array", "items": one, "minItems": 1}
+    return {"type": "array", "items": one, "minItems": 1, "maxItems": _MOST_CALLS if several else 1}
 
 
 class OutputParser:

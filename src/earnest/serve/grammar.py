@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import JsonCompileOptions, LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
 from earnest.engine.constraint import Constraint
@@ -142,7 +142,7 @@ class Grammars:
 
 
 # Between JSON's tokens one space at most: models lose themselves in white space otherwise.
-_COMPACT = {"whitespace_flexible": False}
+_COMPACT: JsonCompileOptions = {"whitespace_flexible": False}
 _LIMITS = LLParserLimits(max_grammar_size=100_000)
 
 

@@ -148,8 +148,11 @@ class _Reply:
         }
 
     async def whole(self) -> dict[str, Any]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(collected(self._served, ask)) for ask in self._asks]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(collected(self._served, ask)) for ask in self._asks]
+        except ExceptionGroup as several:
+            raise several.exceptions[0] from None
         choices: list[dict[str, Any]] = []
         total = Usage()
         for ask, task in zip(self._asks, tasks, strict=True):
