@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from llguidance import JsonCompileOptions, LLMatcher, LLParserLimits, LLTokenizer
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 from llguidance._tokenizer import TokenizerWrapper
 
 from earnest.engine.constraint import Constraint
@@ -50,10 +50,12 @@ class Grammars:
         """
         if not isinstance(schema, Mapping | bool):
             raise GrammarError("a JSON schema must be an object", got=type(schema).__name__)
+        if isinstance(schema, bool):
+            schema = {} if schema else {"not": {}}
         _check_nesting(schema)
-        text = json.dumps(schema)
+        text = json.dumps({**schema, "x-guidance": _COMPACT})
         _check_size(text)
-        return self._made(_from_schema, text)
+        return self._made(LLMatcher.grammar_from_json_schema, text)
 
     def regex(self, pattern: str) -> str:
         """Text that a regular expression (of Rust's syntax) matches as a whole."""
@@ -142,12 +144,8 @@ class Grammars:
 
 
 # Between JSON's tokens one space at most: models lose themselves in white space otherwise.
-_COMPACT: JsonCompileOptions = {"whitespace_flexible": False}
+_COMPACT = {"whitespace_flexible": False}
 _LIMITS = LLParserLimits(max_grammar_size=100_000)
-
-
-def _from_schema(text: str) -> str:
-    return LLMatcher.grammar_from_json_schema(text, defaults=_COMPACT)
 
 
 class _Vocabulary:
