@@ -59,8 +59,9 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
 @click.option(
     "--runner",
-    type=click.Choice(["native", "reference"]),
-    help="Compiled kernels (default where installed), or plain numpy.",
+    type=click.Choice(["auto", "native", "reference"]),
+    default="auto",
+    help="Compiled kernels (the default where installed), or numpy: exact and slow.",
 )
 @allow_bias_option
 @json_option
@@ -71,7 +72,7 @@ def command(
     prefill: int | None,
     tokens: int,
     threads: int | None,
-    runner: Literal["native", "reference"] | None,
+    runner: Literal["auto", "native", "reference"],
     allow_missing_correction_bias: bool,
     as_json: bool,
 ) -> None:
@@ -90,7 +91,7 @@ def command(
         speed = measure_speed(
             checkpoint,
             what,
-            runner=runner,
+            runner=None if runner == "auto" else runner,
             threads=threads,
             loading=progress,
             progress=_announce,
