@@ -152,8 +152,8 @@ def test_run_takes_options_of_the_native_runner() -> None:
 
 def test_run_without_kernels_says_so_once_and_runs() -> None:
     code = (
-        "from earnest.runners.native import isa\n"
-        "isa._load = lambda: None\n"
+        "from earnest import compiled\n"
+        "compiled.module = lambda: None\n"
         "import earnest.cli.main as m\n"
         "m.main(['run', 'stories', 'Tim', '--max-tokens', '3', '--timings'])"
     )

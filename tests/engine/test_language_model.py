@@ -21,7 +21,7 @@ from fake_runner import (
 )
 
 import earnest
-from earnest import env, hub
+from earnest import compiled, env, hub
 from earnest.checkpoint import open_checkpoint
 from earnest.engine import LanguageModel, SamplingParams, load
 from earnest.engine.language_model import BLOCK_SIZE, _plan_context
@@ -253,14 +253,15 @@ def test_logits_within_memory_and_context(monkeypatch: pytest.MonkeyPatch) -> No
     assert idle(model)
 
 
-def test_logits_beside_streams_that_hold_everything() -> None:
+def test_logits_beside_a_stream_that_holds_everything() -> None:
     model = fake_model(FakeRunner(num_blocks=16))
-    stream = model.stream([2], SamplingParams(max_tokens=None, ignore_eos=True))
-    next(stream)
-    with pytest.raises(MemoryBudgetError, match="in use"):
-        model.logits([2])
-    stream.close()
-    assert model.logits([2]).shape == (1, VOCAB)
+    params = SamplingParams(max_tokens=None, ignore_eos=True, seed=3)
+    stream = model.stream([2] * 60, params)
+    text = next(stream).text
+    assert model.logits([2] * 64).shape == (64, VOCAB)  # the stream has to wait, and goes on
+    text += "".join(event.text for event in stream)
+    assert text == model.generate([2] * 60, params).text
+    assert idle(model)
 
 
 def test_routing_joins_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -489,7 +490,7 @@ def test_the_native_runner_is_the_default(recwarn: pytest.WarningsRecorder) -> N
 def test_without_kernels_the_reference_runs_and_that_is_said_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(isa, "_load", lambda: None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
     isa.warn_without_kernels.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match=r"install a C\+\+ compiler") as said:
@@ -506,7 +507,7 @@ def test_without_kernels_the_reference_runs_and_that_is_said_once(
 def test_runners_and_options_that_there_are_not() -> None:
     with pytest.raises(UserError, match="no such runner"):
         load("stories", runner="gpu")  # type: ignore[arg-type]
-    for options in ({"kv": "f32"}, {"threads": 1}, {"activation_bits": 8}):
+    for options in ({"kv": "f32"}, {"threads": 1}, {"activation_bits": 8}, {"lock": True}):
         with pytest.raises(UserError, match="options of the native runner"):
             load("stories", runner="reference", **options)  # type: ignore[arg-type]
 

@@ -82,6 +82,7 @@ def _sampling_options(command: Any) -> Any:
     help="Compiled kernels (the default where installed), or numpy: exact and slow.",
 )
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
+@click.option("--lock", is_flag=True, help="Pin the weights in RAM.")
 @click.option(
     "--kv",
     type=click.Choice(get_args(KvType)),
@@ -109,6 +110,7 @@ def command(
     context: int | None,
     runner: RunnerName,
     threads: int | None,
+    lock: bool,
     kv: KvType | None,
     activation_bits: Literal["8", "15"] | None,
     timings: bool,
@@ -135,6 +137,7 @@ def command(
         max_context=context,
         runner=runner,
         threads=threads,
+        lock=lock,
         kv=kv,
         activation_bits=activation_bits and int(activation_bits),
         allow_missing_correction_bias=allow_missing_correction_bias,

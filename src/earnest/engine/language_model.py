@@ -70,6 +70,7 @@ def load(
     threads: int | None = None,
     kv: KvType | None = None,
     activation_bits: Literal[8, 15] | None = None,
+    lock: bool = False,
     allow_missing_correction_bias: bool = False,
     progress: Progress = silent,
     notice: Notice = logger.warning,
@@ -88,8 +89,8 @@ def load(
             says how near); "reference", numpy, whose logits are transformers' own in float32, and
             which `earnest verify` proves; "auto", native where it is installed, else the
             reference and a warning.
-        threads, kv, activation_bits: of the native runner, by default its own; see `NativeRunner`.
-            The reference has no such choices: its keys and values are float32.
+        threads, kv, activation_bits, lock: of the native runner, by default its own; see
+            `NativeRunner`. The reference has no such choices: its keys and values are float32.
         allow_missing_correction_bias: open a mixture of experts without its correction bias.
         progress: told how far fetching a built-in model and packing its weights are.
         notice: told, a sentence at a time, what a careful reader should know.
@@ -99,7 +100,7 @@ def load(
         MissingPackageError: the native runner was asked for and is not installed.
         UserError: an argument is out of range, there is no such runner, or it has no such option.
     """
-    is_native = _is_native(runner, threads, kv, activation_bits)
+    is_native = _is_native(runner, threads, kv, activation_bits, lock or None)
     # A `Path` is never a built-in name, whatever it is called.
     name = model if isinstance(model, str) else str(model.absolute())
     path = hub.locate(name, progress=progress, notice=notice)
@@ -128,6 +129,7 @@ def load(
             threads=threads,
             kv=DEFAULT_KV if kv is None else kv,
             activation_bits=15 if activation_bits is None else activation_bits,
+            lock=lock,
             progress=progress,
         )
     else:
@@ -143,7 +145,7 @@ def _is_native(runner: RunnerName, *options: object) -> bool:
         raise UserError("there is no such runner", got=runner, expected="auto, native or reference")
     if runner == "reference" and any(option is not None for option in options):
         raise UserError(
-            "threads, kv and activation_bits are options of the native runner",
+            "threads, kv, activation_bits and lock are options of the native runner",
             got="runner reference",
             remedy="leave them out, or use the native runner",
         )
@@ -156,11 +158,9 @@ def _room_beside_weights(checkpoint: Checkpoint) -> int:
     Where files are mapped in place the system may drop weights and read them again, slowly: a model
     that fills the memory still gets an eighth of what is free.
     """
-    matrices = plan_packing(checkpoint).matrices
-    weights = sum(matrix.nbytes for matrix in matrices)
-    mapped = sum(matrix.nbytes for matrix in matrices if matrix.tensor.panels is not None)
-    free = env.free_memory()
-    return max(free - weights, (free - (weights - mapped)) // 4, 0) // 2
+    packing, free = plan_packing(checkpoint), env.free_memory()
+    beside_packed = free - packing.packed_bytes
+    return max(beside_packed - packing.mapped_bytes, beside_packed // 4, 0) // 2
 
 
 def _plan_context(
@@ -434,19 +434,8 @@ class LanguageModel:
     def _blocks_for(self, positions: int) -> Iterator[list[int]]:
         """KV blocks for a run outside the engine; the lock must be held."""
         self._sweep()
-        pool = self._engine.blocks
-        blocks = pool.allocate(blocks_for(positions, self._runner.block_size))
-        if blocks is None:
-            raise MemoryBudgetError(
-                "the KV blocks are in use by streams that have not ended",
-                got=f"{pool.num_free:,} of {pool.num_blocks:,} blocks free",
-                remedy="read the streams to their end or close them, "
-                "or open the model with a larger max_context",
-            )
-        try:
+        with self._engine.borrowed(positions) as blocks:
             yield blocks
-        finally:
-            pool.free(blocks)
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         if not _is_prompt(prompt):
