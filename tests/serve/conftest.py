@@ -16,6 +16,7 @@ from earnest.tokenizer.template import ChatTemplate
 TEMPLATE = (
     "{% for message in messages %}{{ message.role }}: {{ message.content }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
+    "{% if add_generation_prompt and enable_thinking %}<think>\n{% endif %}"
 )
 
 

@@ -344,7 +344,7 @@ class Engine:
             text = sequence.text.push(token)
             if sequence.sampler.count == sequence.limit:
                 text, reason = text + sequence.text.finish(), "length"
-            if sequence.text.stopped:
+            if sequence.text.found is not None:
                 reason = "stop"
         is_first = sequence.sampler.count == 1
         return TokenEvent(
@@ -354,6 +354,7 @@ class Engine:
             finish_reason=reason,
             prompt_logprobs=_frozen(sequence) if is_first else None,
             cached_tokens=sequence.cached if is_first else None,
+            stop_string=sequence.text.found,
         )
 
     def _scored(self, sequence: sequences.Sequence) -> TokenEvent:

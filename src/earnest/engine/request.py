@@ -160,6 +160,7 @@ class TokenEvent:
         finish_reason: set on the last event.
         prompt_logprobs: if asked for, on the first event: one per prompt token, the first None.
         cached_tokens: on the first event: tokens of the prompt that were not computed again.
+        stop_string: on the last event: the one of `stop` that ended the text, if one did.
     """
 
     text: str
@@ -168,6 +169,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)

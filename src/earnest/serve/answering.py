@@ -10,6 +10,7 @@ from typing import Any, Literal
 from earnest.engine import Request, SamplingParams, TokenEvent
 from earnest.engine.constraint import Constraint
 from earnest.errors import ChatUnsupportedError, PromptError
+from earnest.serve.blocks import Block, Blocks
 from earnest.serve.constraints import Banned, ThinkingBudget
 from earnest.serve.formats import Delta, Form, OutputParser, calls_schema, form_of, with_tools
 from earnest.serve.state import Served
@@ -84,9 +85,7 @@ class Usage:
 class Answer:
     """Everything of one answer, collected."""
 
-    content: str = ""
-    reasoning: str = ""
-    calls: list[dict[str, str]] = field(default_factory=list)
+    blocks: Blocks = field(default_factory=Blocks)
     events: list[TokenEvent] = field(default_factory=list)
     finish: Finish | None = None
 
@@ -94,13 +93,22 @@ class Answer:
         """The next piece."""
         self.events.append(piece.event)
         self.finish = piece.finish
-        for delta in piece.deltas:
-            self.content += delta.content
-            self.reasoning += delta.reasoning
-            if delta.name:
-                self.calls.append({"id": delta.call_id, "name": delta.name, "arguments": ""})
-            elif delta.call is not None:
-                self.calls[delta.call]["arguments"] += delta.arguments
+        self.blocks.take(piece.deltas)
+
+    @property
+    def content(self) -> str:
+        """All that is neither thoughts nor calls."""
+        return "".join(block.text for block in self.blocks.all if block.kind == "text")
+
+    @property
+    def reasoning(self) -> str:
+        """All thoughts."""
+        return "".join(block.text for block in self.blocks.all if block.kind == "thoughts")
+
+    @property
+    def calls(self) -> list[Block]:
+        """Calls of tools."""
+        return [block for block in self.blocks.all if block.kind == "call"]
 
 
 async def answers(served: Served, ask: Ask) -> AsyncGenerator[Piece, None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Mapping
@@ -15,11 +14,18 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from earnest.serve.answering import Answer, Ask, Piece, Talk, Usage, answers, ask_of, collected
+from earnest.serve.bodies import (
+    Strict,
+    arguments_of,
+    thinking_tokens,
+    thinking_variables,
+    tool_call,
+    turn,
+)
 from earnest.serve.formats import Delta
 from earnest.serve.http import ApiError, event_stream, sse, until_gone
 from earnest.serve.openai_common import (
     Sampled,
-    Strict,
     chat_logprobs,
     check_common,
     grammar_of,
@@ -138,7 +144,6 @@ class ChatBody(Sampled):
 
 # What a request may tell the template, besides the conversation.
 _VARIABLES = ("enable_thinking", "thinking", "options", "system_settings")
-_EFFORT = {"none": 0, "minimal": 256, "low": 1024, "medium": 4096, "high": None}
 
 
 def talk_of(served: Served, body: ChatBody) -> Talk:
@@ -157,11 +162,12 @@ def talk_of(served: Served, body: ChatBody) -> Talk:
                 f"chat_template_kwargs: {name!r:.60} is not one of {', '.join(_VARIABLES)}",
                 param="chat_template_kwargs",
             )
+    variables = thinking_variables(body.reasoning_effort) | variables
     if body.enable_thinking is not None:
         variables["enable_thinking"] = body.enable_thinking
     thinking = body.reasoning_max_tokens
-    if thinking is None and body.reasoning_effort is not None:
-        thinking = _EFFORT[body.reasoning_effort]
+    if thinking is None:
+        thinking = thinking_tokens(body.reasoning_effort)
     choice = body.tool_choice or ("auto" if body.tools else "none")
     return Talk(
         messages=[message_of(message) for message in body.messages],
@@ -204,35 +210,17 @@ def _grammar(served: Served, body: ChatBody) -> Callable[[], str] | None:
 
 def message_of(message: ChatMessage) -> dict[str, Any]:
     """A message as templates take it: content a text, arguments of calls as objects."""
-    role = "system" if message.role == "developer" else message.role
-    found: dict[str, Any] = {"role": role, "content": text_of(message.content)}
-    if message.name is not None:
-        found["name"] = message.name
-    if message.reasoning_content is not None:
-        found["reasoning_content"] = found["thoughts"] = message.reasoning_content
-    if message.tool_call_id is not None:
-        found["tool_call_id"] = message.tool_call_id
-    if message.tool_calls:
-        found["tool_calls"] = [
-            {
-                "id": call.id,
-                "type": "function",
-                "function": {
-                    "name": call.function.name,
-                    "arguments": arguments_of(call.function.arguments),
-                },
-            }
-            for call in message.tool_calls
-        ]
-    return found
-
-
-def arguments_of(text: str) -> Any:
-    """Arguments of a call, from JSON if they are."""
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        return text
+    return turn(
+        "system" if message.role == "developer" else message.role,
+        text_of(message.content),
+        thoughts=message.reasoning_content,
+        calls=[
+            tool_call(call.id, call.function.name, arguments_of(call.function.arguments))
+            for call in message.tool_calls or ()
+        ],
+        call_id=message.tool_call_id,
+        name=message.name,
+    )
 
 
 def text_of(content: str | list[Part] | None) -> str:
@@ -296,9 +284,9 @@ class _Reply:
         if answer.calls:
             message["tool_calls"] = [
                 {
-                    "id": call["id"],
+                    "id": call.call_id,
                     "type": "function",
-                    "function": {"name": call["name"], "arguments": call["arguments"]},
+                    "function": {"name": call.name, "arguments": call.text},
                 }
                 for call in answer.calls
             ]

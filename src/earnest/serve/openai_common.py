@@ -8,18 +8,13 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
 from earnest.engine import SamplingParams, TokenEvent, TokenLogprobs
 from earnest.serve.answering import Usage
+from earnest.serve.bodies import Strict, check_model, sampling_with
 from earnest.serve.http import ApiError
 from earnest.serve.state import Served
-
-
-class Strict(BaseModel):
-    """A body that has no other fields."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class StreamOptions(Strict):
@@ -83,12 +78,6 @@ def check_common(served: Served, body: Sampled) -> None:
         raise ApiError(400, f"n is too large: at most {served.limits.answers}", param="n")
 
 
-def check_model(served: Served, name: str | None) -> None:
-    """Refuse the name of a model that is not here."""
-    if name is not None and name != served.name:
-        raise ApiError(404, f"there is no model {name!r:.200}; this server has {served.name!r}")
-
-
 def sampling_of(served: Served, body: Sampled, **given: Any) -> SamplingParams:
     """Sampling parameters; out-of-range ones raise SamplingError."""
     found: dict[str, Any] = {
@@ -97,7 +86,6 @@ def sampling_of(served: Served, body: Sampled, **given: Any) -> SamplingParams:
             *("temperature", "top_p", "top_k", "min_p", "seed", "frequency_penalty"),
             *("presence_penalty", "repetition_penalty", "min_tokens", "ignore_eos"),
         )
-        if getattr(body, name) is not None
     }
     if found.get("top_k") == -1:  # vLLM's way to say: all
         found["top_k"] = 0
@@ -107,7 +95,7 @@ def sampling_of(served: Served, body: Sampled, **given: Any) -> SamplingParams:
         found["stop_token_ids"] = tuple(body.stop_token_ids)
     if body.logit_bias:
         found["logit_bias"] = {_token_id(key): bias for key, bias in body.logit_bias.items()}
-    return replace(served.defaults, **found, **given)
+    return replace(sampling_with(served, **found), **given)
 
 
 def _token_id(text: str) -> int:

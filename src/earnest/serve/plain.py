@@ -10,9 +10,10 @@ from fastapi import APIRouter, Request
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from earnest.serve.bodies import Strict, check_model
 from earnest.serve.http import ApiError
 from earnest.serve.openai_chat import ChatMessage, message_of
-from earnest.serve.openai_common import Strict, check_model, token_text
+from earnest.serve.openai_common import token_text
 from earnest.serve.state import Served
 
 
