@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 import earnest
 from earnest import codecs
 from earnest.checkpoint import Checkpoint, open_checkpoint, synth
+from earnest.checkpoint.containers.base import usable_cores
 from earnest.checkpoint.convert import convert
-from earnest.checkpoint.plan import usable_cores
 from earnest.config import preset
 from earnest.errors import FormatError, UserError
 from earnest.quantize import RECIPES, quantize, synth_gguf
@@ -82,7 +82,7 @@ def test_it_does_not_depend_on_layout_or_cores(
     quantize(source, tmp_path / "a.gguf", "q4_k_m")
     convert(source, tmp_path / "hf-as" / "hf", "paddle")
     monkeypatch.setattr("earnest.checkpoint.plan._BLOCK_WEIGHTS", 5000)
-    monkeypatch.setattr("earnest.checkpoint.plan.usable_cores", lambda: 7)
+    monkeypatch.setattr("earnest.checkpoint.containers.base.usable_cores", lambda: 7)
     quantize(open_checkpoint(tmp_path / "hf-as" / "hf"), tmp_path / "b.gguf", "q4_k_m")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert usable_cores() >= 1
