@@ -18,7 +18,7 @@ from earnest.checkpoint.containers.base import usable_cores
 from earnest.checkpoint.convert import convert
 from earnest.config import preset
 from earnest.errors import FormatError, UserError
-from earnest.quantize import RECIPES, quantize, synth_gguf
+from earnest.quantize import RECIPES, quantize, synth_gguf, synth_packed
 
 STORIES = Path(earnest.__file__).parent / "hub" / "stories"
 # All rows are multiples of 256.
@@ -186,3 +186,30 @@ def test_synth_weights_are_plausible(tmp_path: Path) -> None:
     model = earnest.load(tmp_path / "a.gguf")
     logits = model.logits([1, 2, 3, 500])
     assert np.isfinite(logits).all() and 0.5 < logits.std() < 8
+
+
+@pytest.mark.parametrize("codec", ["q4_0", "q4_k_m", "bf16"])
+@pytest.mark.parametrize("tile", [2**20, 2**14])
+def test_synth_gives_the_same_weights_packed_and_as_gguf(
+    codec: str, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("earnest.quantize.synthetic._TILE_WEIGHTS", tile)
+    config = replace(ROOMY, vocab_size=301, moe_intermediate_size=264, tie_word_embeddings=False)
+    synth_gguf(tmp_path / "m.gguf", config, codec, seed=3)
+    report = synth_packed(tmp_path / "packed", config, codec, seed=3)
+    a, b = open_checkpoint(tmp_path / "m.gguf"), open_checkpoint(tmp_path / "packed")
+    assert report.layout == b.container == "panel"
+    assert list(a.tensors) == list(b.tensors)
+    for name, tensor in a.tensors.items():
+        assert tensor.codec == b.tensors[name].codec
+        assert np.array_equal(tensor.raw(), b.tensors[name].raw()), name
+
+
+def test_synth_packs_the_prediction_block_if_asked(tmp_path: Path) -> None:
+    config = replace(ROOMY, num_nextn_predict_layers=1)
+    synth_packed(tmp_path / "packed", config, "q4_0", seed=3, mtp=True)
+    made = open_checkpoint(tmp_path / "packed")
+    assert made.has_mtp
+    assert made.tensors["model.mtp_block.0.mlp.up_proj.weight"].codec.name == "q4_0"
+    with pytest.raises(UserError, match="multi-token-prediction"):
+        synth_packed(tmp_path / "none", ROOMY, "q4_0", seed=3, mtp=True)

@@ -1,7 +1,7 @@
 """`quantize`: any checkpoint as a packed folder, or a GGUF file, of smaller weights.
 
-Streaming, staged and resumable; see `checkpoint.pack` and `checkpoint.export`. Tensors that are stored in
-the wanted type already are copied, not decoded.
+Streaming, staged and resumable; see `checkpoint.pack` and `checkpoint.export`. Tensors that are
+stored in the wanted type already are copied, not decoded.
 """
 
 from __future__ import annotations
