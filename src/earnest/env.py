@@ -22,6 +22,7 @@ class Variable:
 
 
 VARIABLES = (
+    Variable("EARNEST_API_KEY", "none", "key that clients of `earnest serve` must show"),
     Variable("EARNEST_CACHE", "~/.cache/earnest", "folder for fetched models"),
     Variable("EARNEST_ISA", "the best", "instruction-set tier of the kernels; can only lower it"),
     Variable("EARNEST_MEMORY_GIB", "half of the free memory", "GiB that decoded weights may take"),
@@ -47,6 +48,12 @@ def offline() -> bool:
     if value not in ("", "0", "1"):
         raise UserError("EARNEST_OFFLINE is not a switch", got=value, expected="0 or 1")
     return value == "1"
+
+
+def api_keys() -> tuple[str, ...]:
+    """The key that clients of the server must show (`EARNEST_API_KEY`), if there is one."""
+    key = os.environ.get("EARNEST_API_KEY")
+    return (key,) if key else ()
 
 
 def isa_cap() -> str | None:

@@ -176,6 +176,17 @@ class LanguageModel:
         return self.checkpoint.config
 
     @property
+    def engine(self) -> Engine:
+        """What runs the requests; whoever drives it (a `Service`) uses nothing else of this
+        object that runs the model."""
+        return self._engine
+
+    @property
+    def runner(self) -> Runner:
+        """The model on this machine."""
+        return self._runner
+
+    @property
     def tokenizer(self) -> Tokenizer:
         """Text to token ids and back.
 
