@@ -1,4 +1,4 @@
-"""Packed models: nothing is lost on the way in or out, and they serve wherever a checkpoint does."""
+"""Packed models: nothing is lost on the way in or out; they serve wherever a checkpoint does."""
 
 from __future__ import annotations
 

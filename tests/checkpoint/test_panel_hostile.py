@@ -159,7 +159,7 @@ def test_a_matrix_beside_its_cache_line_is_refused(packed: Path, tmp_path: Path)
     header, metadata, data = parts(packed)
     for name in header:
         header[name]["data_offsets"] = [at + 16 for at in header[name]["data_offsets"]]
-    header["padding.0"] = {"dtype": "U8", "shape": [16], "data_offsets": [0, 16]}
+    header["padding.99"] = {"dtype": "U8", "shape": [16], "data_offsets": [0, 16]}
     folder = write(tmp_path / "bad", packed, header, metadata, bytes(16) + data)
     with pytest.raises(FormatError, match="multiple of 64 bytes"):
         open_checkpoint(folder)
@@ -175,7 +175,7 @@ def test_padding_must_be_bytes(packed: Path, tmp_path: Path) -> None:
 
 
 def test_panels_are_not_taken_for_a_plain_folder(packed: Path, tmp_path: Path) -> None:
-    header, metadata, data = parts(packed)
+    header, _, data = parts(packed)
     folder = write(tmp_path / "bad", packed, header, {"format": "pt"}, data)
     with pytest.raises(TensorsError, match="mistyped"):
         open_checkpoint(folder)
