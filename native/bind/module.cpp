@@ -10,6 +10,7 @@
 #include <stdexcept>
 
 #include "bind/model.h"
+#include "bind/pack.h"
 #include "core/threadpool.h"
 #include "isa/isa.h"
 
@@ -179,6 +180,7 @@ uint64_t stressPool(ThreadPool& pool, int barriers) {
 
 NB_MODULE(_native, module) {
   bindModel(module);
+  bindPack(module);
   module.def("compiled_tiers", [] { return names(compiledTiers()); });
   module.def("available_tiers", [] { return names(availableTiers()); });
   module.def("usable_threads", &usableThreads);

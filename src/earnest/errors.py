@@ -124,3 +124,18 @@ class NetworkError(MachineError):
 
 class MissingPackageError(MachineError):
     """An optional Python package is needed for what was asked and is not installed."""
+
+
+# --- nobody needs to do anything but wait -----------------------------------------------------
+
+
+class BusyError(EarnestError):
+    """Too many requests are waiting; later there may be room."""
+
+
+class DeadlineError(EarnestError):
+    """A request took longer than it was given."""
+
+
+class ShuttingDownError(EarnestError):
+    """The server ends."""

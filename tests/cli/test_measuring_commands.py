@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from earnest import compiled
 from earnest.cli.main import main
 from earnest.measure import machine
 from earnest.runners.native import isa
@@ -47,7 +48,7 @@ def test_bench_reports_rows_for_machines(capsys: pytest.CaptureFixture[str]) -> 
 def test_bench_runs_the_reference_without_kernels(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isa, "_load", lambda: None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
     status, out, err = run(capsys, "bench", "stories", *QUICK, "--runner", "reference", "--json")
     assert status == 0, err
     facts = json.loads(out)
@@ -106,7 +107,7 @@ def test_doctor_reports_for_people_and_machines(capsys: pytest.CaptureFixture[st
 def test_doctor_says_loudly_that_there_are_no_kernels(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, as_json: bool
 ) -> None:
-    monkeypatch.setattr(isa, "_load", lambda: None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
     status, out, err = run(capsys, "doctor", *(["--json"] if as_json else []))
     assert status == 0
     if as_json:

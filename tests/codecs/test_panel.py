@@ -8,9 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from earnest import compiled
 from earnest.codecs import CODECS
 from earnest.codecs.panel import PANEL_ROWS, PANELS, panel
 from earnest.errors import FormatError, UserError
+
+needs_kernels = pytest.mark.skipif(
+    compiled.module() is None, reason="the compiled kernels are not built"
+)
 
 
 def random_matrix(name: str, rows: int, columns: int, seed: int) -> np.ndarray:
@@ -30,6 +35,73 @@ def test_unpacking_gives_the_same_bytes(name: str, rows: int, blocks: int, seed:
     again = panel(name).unpack(packed, rows, columns)
     assert again.dtype == raw.dtype
     assert np.array_equal(again.view(np.uint8), raw.view(np.uint8))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", PANELS)
+@settings(max_examples=40, deadline=None)
+@given(
+    rows=st.integers(1, 70),
+    blocks=st.integers(1, 5),
+    odd=st.integers(1, 40),
+    seed=st.integers(0, 2**32 - 1),
+)
+def test_the_compiled_packer_does_what_numpy_says(
+    name: str, rows: int, blocks: int, odd: int, seed: int
+) -> None:
+    layout, codec = panel(name), CODECS[name]
+    columns = blocks * (odd if codec.is_plain else codec.block_weights)
+    raw = random_matrix(name, rows, columns, seed)
+    packed = layout.pack(raw, columns)
+    assert np.array_equal(packed, layout.pack_in_numpy(raw, columns))
+    # Panels of any bits, padding that is not zero included.
+    noise = np.random.default_rng(seed).integers(0, 256, packed.shape, np.uint8)
+    for panels in (packed, noise):
+        ours, theirs = (f(panels, rows, columns) for f in (layout.unpack, layout.unpack_in_numpy))
+        assert ours.dtype == theirs.dtype
+        assert np.array_equal(ours.view(np.uint8), theirs.view(np.uint8))
+
+
+@needs_kernels
+@pytest.mark.parametrize("name", PANELS)
+def test_the_compiled_packer_stays_inside_its_arrays(name: str) -> None:
+    """Rows and panels anywhere in memory, and not a byte beyond them."""
+    layout, codec = panel(name), CODECS[name]
+    columns = 2 * codec.block_weights if not codec.is_plain else 45
+    rows = 35
+    raw = random_matrix(name, rows, columns, 7).view(np.uint8)
+    panels, size = layout.shape(rows, columns)
+    room = np.full(panels * size + 2, 0xA5, np.uint8)
+    out = room[1:-1].reshape(panels, size)
+    moved = np.empty(raw.size + 1, np.uint8)[1:].reshape(raw.shape)
+    moved[:] = raw
+    native = compiled.module()
+    assert native is not None
+    native.pack(name, moved, out)
+    assert np.array_equal(out, layout.pack_in_numpy(raw.view(codec.storage), columns))
+    assert room[0] == room[-1] == 0xA5
+    room = np.full(raw.size + 2, 0xA5, np.uint8)
+    native.unpack(name, out, room[1:-1].reshape(raw.shape))
+    assert np.array_equal(room[1:-1], raw.reshape(-1))
+    assert room[0] == room[-1] == 0xA5
+    for wrong in (out[1:], out[:, 1:].copy()):
+        with pytest.raises(ValueError, match="fit"):
+            native.pack(name, moved, wrong)
+        with pytest.raises(ValueError, match="fit"):
+            native.unpack(name, wrong, moved)
+
+
+@pytest.mark.parametrize("name", ["bf16", "q4_k"])
+def test_without_the_compiled_packer_numpy_does_it(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = random_matrix(name, 17, 256, 8)
+    packed = panel(name).pack(raw, 256)
+    monkeypatch.setattr(compiled, "module", lambda: None)
+    out = np.empty_like(packed)
+    assert panel(name).pack(raw, 256, out=out) is out
+    assert np.array_equal(out, packed)
+    assert np.array_equal(panel(name).unpack(packed, 17, 256), raw)
 
 
 @pytest.mark.parametrize("name", PANELS)
@@ -145,5 +217,14 @@ def test_refusals() -> None:
         panel("q4_k").shape(16, 128)
     with pytest.raises(UserError, match="bytes in a row"):
         panel("q4_0").pack(np.zeros((16, 20), np.uint8), 32)
+    raw = np.zeros((16, 18), np.uint8)
+    with pytest.raises(UserError, match="shape of out"):
+        panel("q4_0").pack(raw, 32, out=np.empty((1, 289), np.uint8))
+    with pytest.raises(UserError, match="shape of out"):
+        panel("q4_0").pack(raw, 32, out=np.empty((1, 288), np.int8))
+    with pytest.raises(UserError, match="cannot be written"):
+        panel("q4_0").pack(raw, 32, out=np.empty((1, 576), np.uint8)[:, ::2])
+    with pytest.raises(UserError, match="cannot be stored as panels"):
+        panel("q4_0").pack(raw[:0], 32)
     with pytest.raises(UserError, match="shape"):
         panel("q4_0").unpack(np.zeros((1, 287), np.uint8), 16, 32)

@@ -71,7 +71,8 @@ class FakeRunner:
         assert batch.tokens.dtype == batch.positions.dtype == np.int32
         assert batch.block_tables.dtype == batch.logits_rows.dtype == np.int32
         assert len(batch.positions) == T and batch.sequence_starts[-1] == T
-        owners: list[int] = []
+        written: dict[int, int] = {}
+        read: list[list[int]] = []
         histories: dict[int, list[int]] = {}
         for s, table in enumerate(batch.block_tables):
             rows = range(batch.sequence_starts[s], batch.sequence_starts[s + 1])
@@ -81,15 +82,18 @@ class FakeRunner:
                 assert position == batch.positions[rows[0]] + row - rows[0]
                 block = table[position // self.block_size]
                 assert 0 <= block < self.num_blocks
+                assert written.setdefault(int(block), s) == s, "two sequences write one block"
                 self._stored[block, position % self.block_size] = batch.tokens[row]
             end = int(batch.positions[rows[-1]]) + 1
             needed = -(-end // self.block_size)
-            owners += table[:needed].tolist()
+            read.append(table[:needed].tolist())
             assert (table[needed:] == -1).all()
             history = self._stored[table[:needed]].reshape(-1)[:end].tolist()
             for row in rows:
                 histories[row] = history[: int(batch.positions[row]) + 1]
-        assert len(set(owners)) == len(owners), "two sequences share a block"
+        for s, blocks in enumerate(read):
+            assert len(set(blocks)) == len(blocks)
+            assert all(written.get(block, s) == s for block in blocks), "read while written"
         if routing is not None and self.config.is_moe:
             experts = np.array([[h[-1] % 2, 2 + h[-1] % 2] for h in histories.values()], np.int32)
             routing.append(Routing(0, experts, np.full(experts.shape, 0.5, np.float32)))

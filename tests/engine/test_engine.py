@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,9 +12,12 @@ from fake_runner import BOS, EOS, VOCAB, FakeRunner, FakeTokenizer, hashed_logit
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from earnest.engine.blocks import keyed_digest
 from earnest.engine.engine import Engine
 from earnest.engine.request import Request, SamplingParams, TokenEvent, TokenLogprobs
 from earnest.engine.sampler import Sampler, token_logprobs
+from earnest.engine.scheduler import PATIENCE
+from earnest.engine.speculation import PromptLookup, Speculation
 from earnest.errors import CheckpointError, EarnestError, PromptError, SamplingError, UserError
 
 CONTEXT = 64
@@ -120,7 +124,15 @@ sampling = st.builds(
     logprobs=st.sampled_from([None, 0, 2]),
     prompt_logprobs=st.sampled_from([None, None, 0, 3]),
 )
-requests = st.builds(Request, prompt_ids=token_lists, sampling=sampling)
+# Few different tokens: prompts that begin alike, and texts that repeat themselves.
+alike = st.lists(st.integers(2, 3), min_size=1, max_size=30).map(tuple)
+requests = st.builds(
+    Request,
+    prompt_ids=token_lists | alike,
+    sampling=sampling,
+    priority=st.integers(-1, 1),
+    salt=st.sampled_from([b"", b"tenant"]),
+)
 machines = st.fixed_dictionaries(
     {
         "num_blocks": st.integers(16, 40),
@@ -128,25 +140,42 @@ machines = st.fixed_dictionaries(
         "max_sequences": st.integers(1, 5),
         "extra_budget": st.integers(0, 40),
         "prompt_logits": st.integers(1, 12),
+        "share_prefixes": st.booleans(),
+        "digest_bits": st.sampled_from([0, 4, 128]),
+        "guesses": st.integers(0, 3),
     }
 )
 
 
-def machine_of(numbers: dict[str, int]) -> Engine:
+def machine_of(numbers: dict[str, Any]) -> Engine:
     runner = FakeRunner(num_blocks=numbers["num_blocks"], block_size=numbers["block_size"])
+    ticks = itertools.count()  # steps of equal length: guesses pay as soon as one is right
     machine = engine(
         runner,
         max_sequences=numbers["max_sequences"],
         max_batch_tokens=numbers["max_sequences"] + numbers["extra_budget"],
+        share_prefixes=numbers["share_prefixes"],
+        speculation=Speculation(
+            PromptLookup(2, 1), most=numbers["guesses"], clock=lambda: float(next(ticks)), trial=1
+        )
+        if numbers["guesses"]
+        else None,
     )
-    machine._max_prompt_logits = numbers["prompt_logits"]
+    machine._scheduler._max_prompt_logits = numbers["prompt_logits"]
+    bits = numbers["digest_bits"]
+    machine.blocks._digest = lambda key, content: bits_of(keyed_digest(key, content), bits)
     return machine
+
+
+def bits_of(digest: bytes, bits: int) -> bytes:
+    """The last so many bits: few of them collide all the time."""
+    return (int.from_bytes(digest) & ((1 << bits) - 1)).to_bytes(16)
 
 
 @settings(max_examples=150, deadline=None)
 @given(st.lists(requests, min_size=1, max_size=7), machines, st.data())
 def test_a_request_gets_the_same_whatever_runs_beside_it(
-    wanted: list[Request], numbers: dict[str, int], data: st.DataObject
+    wanted: list[Request], numbers: dict[str, Any], data: st.DataObject
 ) -> None:
     machine = machine_of(numbers)
     results: dict[int, Result] = {}
@@ -168,7 +197,7 @@ def test_a_request_gets_the_same_whatever_runs_beside_it(
 @settings(max_examples=100, deadline=None)
 @given(st.lists(requests, min_size=2, max_size=6), machines, st.data())
 def test_cancel_at_any_moment(
-    wanted: list[Request], numbers: dict[str, int], data: st.DataObject
+    wanted: list[Request], numbers: dict[str, Any], data: st.DataObject
 ) -> None:
     machine = machine_of(numbers)
     ids = [machine.add(request) for request in wanted]
@@ -211,17 +240,128 @@ def test_batches_mix_decoding_and_prompts_within_the_budget() -> None:
         assert lengths[: lengths.count(1)].count(1) >= lengths.count(1) - 1
 
 
-def test_first_come_first_served_when_blocks_run_out() -> None:
+def test_who_is_put_off_when_blocks_run_out() -> None:
     runner = FakeRunner(num_blocks=16, block_size=4)
     machine = engine(runner)
     params = SamplingParams(max_tokens=None, ignore_eos=True, seed=1)
-    big = machine.add(Request((2,) * 30, params))  # takes every block
-    small = [machine.add(Request((3,), SamplingParams(max_tokens=1))) for _ in range(3)]
+    old, young = Request((2,) * 30, params), Request((3,) * 30, params)
+    first, second = machine.add(old), machine.add(young)  # each would take every block
+    results: dict[int, Result] = {first: Result(), second: Result()}
     order: list[int] = []
     while machine.has_work:
-        order += [n for n, event in machine.step() if getattr(event, "finish_reason", None)]
-    assert order == [big, *small]
+        for number, event in machine.step():
+            assert isinstance(event, TokenEvent)
+            results[number].take(event)
+            order += [number] if event.finish_reason else []
+    assert order == [first, second]
+    assert machine.counters.preemptions >= 1
+    assert results == {first: alone(old), second: alone(young)}
     machine.blocks.check_idle()
+
+
+def test_the_urgent_go_first() -> None:
+    machine = engine(FakeRunner(num_blocks=16, block_size=4), max_sequences=1)
+    params = SamplingParams(max_tokens=12, ignore_eos=True, seed=1)
+    late = machine.add(Request((2, 3), params, priority=1))
+    for _ in range(3):
+        machine.step()
+    urgent = machine.add(Request((3, 2), params, priority=0))
+    order = [n for n, event in finishing(machine)]
+    assert order == [urgent, late]
+    assert machine.counters.preemptions == 1
+
+
+def finishing(machine: Engine) -> list[tuple[int, TokenEvent]]:
+    """Run to the end; the last events, in the order they came."""
+    found: list[tuple[int, TokenEvent]] = []
+    while machine.has_work:
+        for number, event in machine.step():
+            assert isinstance(event, TokenEvent)
+            if event.finish_reason is not None:
+                found.append((number, event))
+    return found
+
+
+def test_nobody_starves_behind_the_urgent() -> None:
+    machine = engine(FakeRunner(num_blocks=16, block_size=4), max_sequences=1)
+    params = SamplingParams(max_tokens=4, ignore_eos=True, seed=1)
+    humble = machine.add(Request((2, 3), params, priority=2))
+    for step in range(4 * PATIENCE):
+        if machine.num_waiting < 3:
+            machine.add(Request((3, 2), params, priority=0))
+        if any(number == humble and event.finish_reason for number, event in machine.step()):
+            assert step > 2 * PATIENCE
+            return
+    raise AssertionError("it waits for ever")
+
+
+def test_a_common_beginning_is_computed_once() -> None:
+    runner = FakeRunner(num_blocks=32, block_size=4)
+    machine = engine(runner)
+    params = SamplingParams(max_tokens=2, ignore_eos=True, seed=1)
+    prompt = tuple(2 + n % 5 for n in range(21))
+    first = Request(prompt, params)
+    machine.add(first)
+    drive(machine)
+    runner.batches.clear()
+    machine.add(Request((*prompt[:18], 9, 9, 9), params))
+    machine.add(Request(prompt, params, salt=b"somebody else"))
+    drive(machine)
+    assert len(runner.batches[0].tokens) == (21 - 16) + 21
+    assert machine.counters.cached_tokens == 16
+    assert machine.counters.prompt_tokens == 3 * 21
+    assert machine.blocks.num_remembered > 0
+    machine.blocks.forget()
+    assert machine.blocks.num_remembered == 0
+    machine.blocks.check_idle()
+
+
+def test_several_answers_to_one_prompt_share_it() -> None:
+    runner = FakeRunner(num_blocks=64, block_size=4)
+    machine = engine(runner)
+    prompt = tuple(2 + n % 5 for n in range(30))
+    requests = [Request(prompt, SamplingParams(max_tokens=5, seed=n)) for n in range(4)]
+    leader = machine.add(requests[0])
+    ids = [leader, *(machine.add(request, after=leader) for request in requests[1:])]
+    results = drive(machine)
+    assert [results[number] for number in ids] == [alone(request) for request in requests]
+    lengths = [length for batch in runner.batches for length in np.diff(batch.sequence_starts)]
+    assert sorted(lengths)[-4:] == [2, 2, 2, 30]
+
+
+def test_guesses_save_steps() -> None:
+    ticks = itertools.count()
+    runner = only(*([2, 3, 6] * 20), default=2)
+    machine = engine(
+        runner, speculation=Speculation(PromptLookup(), clock=lambda: float(next(ticks)), trial=4)
+    )
+    machine.add(Request((BOS,), SamplingParams(temperature=0, max_tokens=40)))
+    (result,) = drive(machine).values()
+    assert result.token_ids == ([2, 3, 6] * 14)[:40]
+    assert machine.counters.accepted_tokens > 20
+    assert len(runner.batches) < 25
+
+
+def test_guesses_that_do_not_pay_are_given_up() -> None:
+    now = 0.0
+
+    def clock() -> float:
+        nonlocal now
+        # Between the two readings of a step: as long as the step has tokens, squared.
+        now += len(runner.batches[-1].tokens) ** 2 if runner.batches else 1
+        return now
+
+    runner = FakeRunner(config=tiny_config(context=400), num_blocks=100, logits=lambda h, v: row(h))
+    rng = np.random.default_rng(0)
+
+    def row(history: Any) -> Any:
+        return rng.standard_normal(VOCAB).astype(np.float32)
+
+    machine = engine(runner, speculation=Speculation(PromptLookup(2, 1), clock=clock, trial=4))
+    machine.add(Request((BOS,), SamplingParams(max_tokens=200, ignore_eos=True, seed=0)))
+    drive(machine)
+    guessed = sum(len(batch.tokens) > 1 for batch in runner.batches)
+    assert 0 < guessed < len(runner.batches) / 3
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1, 34, 35, 500])
@@ -260,7 +400,7 @@ def test_no_tokens_wanted() -> None:
 def test_prompt_logprobs_take_bounded_memory() -> None:
     runner = FakeRunner(num_blocks=64)
     machine = engine(runner, max_batch_tokens=64, max_sequences=8)
-    machine._max_prompt_logits = 7
+    machine._scheduler._max_prompt_logits = 7
     requests = [
         Request(
             tuple(n % VOCAB for n in range(start, start + 50)),
@@ -277,7 +417,7 @@ def test_prompt_logprobs_take_bounded_memory() -> None:
 
 def test_prompt_logprobs_of_the_full_vocabulary_stay_below_64_mib() -> None:
     machine = engine(FakeRunner(config=tiny_config(vocab_size=103_424)))
-    assert machine._max_prompt_logits * 103_424 * 4 <= 64 * 2**20
+    assert machine._scheduler._max_prompt_logits * 103_424 * 4 <= 64 * 2**20
 
 
 def test_logits_are_asked_for_only_where_needed() -> None:
@@ -288,7 +428,7 @@ def test_logits_are_asked_for_only_where_needed() -> None:
     assert [len(batch.logits_rows) for batch in runner.batches] == [0, 0, 0, 1, 1, 1]
     assert [len(batch.tokens) for batch in runner.batches] == [10, 10, 10, 5, 1, 1]
     runner.batches.clear()
-    machine.add(Request((2,) * 21, SamplingParams(max_tokens=2, ignore_eos=True)))
+    machine.add(Request((3,) * 21, SamplingParams(max_tokens=2, ignore_eos=True)))
     drive(machine)
     assert [len(batch.logits_rows) for batch in runner.batches] == [0, 0, 1, 1]
 

@@ -250,14 +250,15 @@ def test_logits_within_memory_and_context(monkeypatch: pytest.MonkeyPatch) -> No
     assert idle(model)
 
 
-def test_logits_beside_streams_that_hold_everything() -> None:
+def test_logits_beside_a_stream_that_holds_everything() -> None:
     model = fake_model(FakeRunner(num_blocks=16))
-    stream = model.stream([2], SamplingParams(max_tokens=None, ignore_eos=True))
-    next(stream)
-    with pytest.raises(MemoryBudgetError, match="in use"):
-        model.logits([2])
-    stream.close()
-    assert model.logits([2]).shape == (1, VOCAB)
+    params = SamplingParams(max_tokens=None, ignore_eos=True, seed=3)
+    stream = model.stream([2] * 60, params)
+    text = next(stream).text
+    assert model.logits([2] * 64).shape == (64, VOCAB)  # the stream has to wait, and goes on
+    text += "".join(event.text for event in stream)
+    assert text == model.generate([2] * 60, params).text
+    assert idle(model)
 
 
 def test_routing_joins_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from earnest import compiled
 from earnest.codecs.registry import codec
 from earnest.config import PRESETS, Accounting
 from earnest.errors import MemoryBudgetError
@@ -16,7 +17,7 @@ needs_kernels = pytest.mark.skipif(not isa.installed(), reason="the compiled ker
 
 
 def test_looking_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "_load", lambda: None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
     seen = machine.look()
     assert seen.tier is None
     assert seen.compiled_tiers is None
@@ -31,7 +32,7 @@ def test_threads_without_kernels_are_the_threads_with_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     threads = machine.look().threads
-    monkeypatch.setattr(isa, "_load", lambda: None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
     assert machine.look().threads == threads
 
 

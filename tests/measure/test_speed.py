@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from earnest import compiled
 from earnest.checkpoint import Checkpoint, open_checkpoint
 from earnest.checkpoint.synth import synth
 from earnest.config import PRESETS
@@ -203,6 +204,6 @@ def test_what_does_not_fit_is_refused_before_anything_is_taken(
 def test_the_native_runner_must_be_there(
     small_moe: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(isa, "_load", lambda: None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
     with pytest.raises(MissingPackageError):
         measure_speed(small_moe, plan(small_moe.config), runner="native")

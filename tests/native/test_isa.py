@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from earnest import compiled
 from earnest.errors import MissingPackageError, UserError
 from earnest.runners.native import isa, ops
 
@@ -32,7 +33,7 @@ def test_tiers_are_a_ladder_from_generic() -> None:
 
 
 def test_without_kernels_it_says_so_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(isa, "_load", lambda: None)
+    monkeypatch.setattr(compiled, "module", lambda: None)
     isa.warn_without_kernels.cache_clear()
     with pytest.warns(RuntimeWarning, match="without its compiled kernels"):
         assert isa.warn_without_kernels()

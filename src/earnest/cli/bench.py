@@ -57,6 +57,7 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--prefill", type=click.IntRange(min=0), help="Prompt tokens (default: 512).")
 @click.option("--tokens", type=click.IntRange(min=0), default=32, help="Tokens to decode (32).")
 @click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
+@click.option("--lock", is_flag=True, help="Pin the weights in RAM before measuring.")
 @click.option(
     "--runner",
     type=click.Choice(["native", "reference"]),
@@ -71,6 +72,7 @@ def command(
     prefill: int | None,
     tokens: int,
     threads: int | None,
+    lock: bool,
     runner: Literal["native", "reference"] | None,
     allow_missing_correction_bias: bool,
     as_json: bool,
@@ -92,6 +94,7 @@ def command(
             what,
             runner=runner,
             threads=threads,
+            lock=lock,
             loading=progress,
             progress=_announce,
         )

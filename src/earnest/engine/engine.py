@@ -1,31 +1,32 @@
 """`Engine`: many requests at once, one mixed batch per step.
 
 A step takes one token of every sequence that is being written and fills the rest of its token
-budget with pieces of prompts, so a long prompt never makes the others wait for all of it.
+budget with pieces of prompts, so a long prompt never makes the others wait for all of it. Who goes
+on when tokens or KV blocks are short is the business of the `Scheduler`; what a sequence brings
+forth depends on none of that, because its numbers do not depend on what it shares a step with.
 
-Requests are admitted in the order they came, as soon as the KV blocks that they can need at most
-are free. A request keeps what it was given until it ends; so those that run can always go on to
-their end, and the first of those that wait is always next: no deadlock and no starvation.
-
-The engine is not thread-safe and measures no time; whoever drives it does both.
+The engine is not thread-safe; whoever drives it takes care of that, and of time limits.
 """
 
 from __future__ import annotations
 
-from collections import deque
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
-from earnest.engine.batch import Slice, blocks_for, make_batch
+from earnest.engine import sequence as sequences
+from earnest.engine.batch import blocks_for, make_batch
 from earnest.engine.blocks import BlockPool
 from earnest.engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
 from earnest.engine.sampler import Sampler, check_sampling, token_logprobs
+from earnest.engine.scheduler import Part, Scheduler
+from earnest.engine.speculation import Speculation
 from earnest.engine.stop import Detokenizer, TextStream
-from earnest.errors import EarnestError, PromptError, UserError
+from earnest.errors import EarnestError, MemoryBudgetError, PromptError, UserError
 from earnest.runners.base import Float32, Runner
 
 if TYPE_CHECKING:
@@ -34,35 +35,29 @@ if TYPE_CHECKING:
 # Logits of prompt tokens that one step may ask for: 162 rows of the full vocabulary.
 _PROMPT_LOGITS_BYTES = 64 * 2**20
 
+Result = tuple[int, TokenEvent | EarnestError]
 
-@dataclass(eq=False)
-class _Sequence:
-    """A request on its way. Positions below `computed` have their keys and values stored."""
 
-    id: int
-    request: Request
-    sampler: Sampler
-    text: TextStream
-    stop_ids: frozenset[int]
-    limit: int
-    tokens: list[int]
-    blocks: list[int] = field(default_factory=list)
-    computed: int = 0
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+@dataclass
+class Counters:
+    """What an engine has done so far; for metrics.
 
-    @property
-    def prompt_length(self) -> int:
-        return len(self.request.prompt_ids)
+    Attributes:
+        steps: batches run.
+        prompt_tokens: of the requests admitted.
+        cached_tokens: of those, found in remembered blocks.
+        generated_tokens: tokens chosen.
+        drafted_tokens, accepted_tokens: guesses made, and those that were right.
+        preemptions: sequences that had to give their blocks back.
+    """
 
-    @property
-    def writing(self) -> bool:
-        """Whether the prompt is behind it."""
-        return self.computed >= self.prompt_length
-
-    @property
-    def positions(self) -> int:
-        """Positions it occupies at most; the last token of all is never run itself."""
-        return self.prompt_length + max(0, self.limit - 1)
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    generated_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
+    preemptions: int = 0
 
 
 class Engine:
@@ -75,10 +70,14 @@ class Engine:
         max_context: positions a sequence may have; at most what the model and the blocks allow.
         max_batch_tokens: tokens one step may run.
         max_sequences: sequences that may run beside each other.
+        share_prefixes: read the blocks of earlier requests that begin with the same tokens. The
+            numbers are the same bits if the runner's do not depend on how prompts are divided.
+        speculation: guesses several tokens at once; None: nobody does.
 
     Attributes:
         max_context: the number in force.
-        blocks: the KV blocks, for whoever else runs the same runner.
+        blocks: who owns which KV block.
+        counters: what was done so far.
     """
 
     def __init__(
@@ -90,6 +89,8 @@ class Engine:
         max_context: int | None = None,
         max_batch_tokens: int = 512,
         max_sequences: int = 64,
+        share_prefixes: bool = True,
+        speculation: Speculation | None = None,
     ) -> None:
         if not 1 <= max_sequences <= max_batch_tokens:
             raise UserError(
@@ -101,21 +102,38 @@ class Engine:
         self._tokenizer = tokenizer
         self._vocab_size = runner.config.vocab_size
         self._eos_ids = frozenset(token for token in eos_ids if 0 <= token < self._vocab_size)
-        self._max_batch_tokens = max_batch_tokens
-        self._max_sequences = max_sequences
-        self._max_prompt_logits = max(1, _PROMPT_LOGITS_BYTES // (4 * self._vocab_size))
+        self._share_prefixes = share_prefixes
+        self._speculation = speculation
         self.blocks = BlockPool(runner.num_blocks)
+        self._scheduler = Scheduler(
+            self.blocks,
+            block_size=runner.block_size,
+            max_batch_tokens=max_batch_tokens,
+            max_sequences=max_sequences,
+            max_prompt_logits=max(1, _PROMPT_LOGITS_BYTES // (4 * self._vocab_size)),
+            speculation=speculation,
+        )
         room = runner.num_blocks * runner.block_size
         limits = [runner.config.max_position_embeddings, room]
         self.max_context = min(limits if max_context is None else [*limits, max_context])
+        self.counters = Counters()
         self._next_id = 0
-        self._waiting: deque[_Sequence] = deque()
-        self._running: dict[int, _Sequence] = {}
+        self._alive: dict[int, sequences.Sequence] = {}
 
     @property
     def has_work(self) -> bool:
         """Whether another step would do anything."""
-        return bool(self._waiting or self._running)
+        return bool(self._alive)
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold KV blocks."""
+        return self._scheduler.num_running
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that do not."""
+        return self._scheduler.num_waiting
 
     def check(self, request: Request) -> None:
         """Refuse a request that this engine could not run.
@@ -151,8 +169,13 @@ class Engine:
         own = frozenset[int]() if request.sampling.ignore_eos else self._eos_ids
         return own | frozenset(request.sampling.stop_token_ids)
 
-    def add(self, request: Request) -> int:
+    def add(self, request: Request, *, after: int | None = None) -> int:
         """Queue a request; returns the id under which `step` reports it.
+
+        Args:
+            request: what to continue.
+            after: the id of a request with the same prompt: this one waits until that prompt is
+                computed, and then shares its blocks.
 
         Raises:
             PromptError, SamplingError: see `check`; nothing was queued.
@@ -162,7 +185,7 @@ class Engine:
         room = self.max_context - len(prompt)
         stop_ids = self._stop_ids(request)
         self._next_id += 1
-        sequence = _Sequence(
+        sequence = sequences.Sequence(
             id=self._next_id,
             request=request,
             sampler=Sampler(params, self._vocab_size, prompt, sorted(stop_ids)),
@@ -170,9 +193,13 @@ class Engine:
             stop_ids=stop_ids,
             limit=room if params.max_tokens is None else min(room, params.max_tokens),
             tokens=prompt,
+            beginning=self.blocks.beginning(request.salt) if self._share_prefixes else None,
+            constraint=None if request.constraint is None else request.constraint(),
+            leader=None if after is None else self._alive.get(after),
             prompt_logprobs=None if params.prompt_logprobs is None else [None],
         )
-        self._waiting.append(sequence)
+        self._alive[sequence.id] = sequence
+        self._scheduler.add(sequence)
         return sequence.id
 
     def _detokenizer(self, prompt: Sequence[int]) -> Detokenizer | None:
@@ -187,106 +214,122 @@ class Engine:
 
     def cancel(self, request_id: int) -> bool:
         """Forget a request and free its blocks; False if it had ended already."""
-        sequence = self._running.get(request_id)
-        if sequence is not None:
-            self._release(sequence)
-            return True
-        for waiting in self._waiting:
-            if waiting.id == request_id:
-                self._waiting.remove(waiting)
-                return True
-        return False
+        if request_id not in self._alive:
+            return False
+        self._end(self._alive[request_id])
+        return True
 
-    def step(self) -> list[tuple[int, TokenEvent | EarnestError]]:
+    @contextmanager
+    def borrowed(self, positions: int) -> Iterator[list[int]]:
+        """KV blocks for so many positions, for a run of the same runner beside the engine. Requests
+        may have to wait for it; what comes out of them does not change.
+
+        Raises:
+            MemoryBudgetError: there are not so many blocks in all.
+        """
+        count = blocks_for(positions, self._runner.block_size)
+        blocks = self.blocks.allocate(count) if self._scheduler.make_room(count) else None
+        if blocks is None:
+            raise MemoryBudgetError(
+                "there are not enough KV blocks",
+                got=f"{self.blocks.num_free:,} free",
+                expected=f"{count:,}",
+                remedy="pass fewer tokens, or open the model with a larger max_context",
+            )
+        try:
+            yield blocks
+        finally:
+            self.blocks.free(blocks)
+
+    def step(self) -> list[Result]:
         """Run one batch.
 
         Returns:
             What happened, as (request id, event). A request ends with an event that has a
             `finish_reason`, or with an error in place of an event; the others are not affected.
         """
-        self._admit()
-        idle = [sequence for sequence in self._running.values() if self._needs_nothing(sequence)]
-        results: list[tuple[int, TokenEvent | EarnestError]] = [
-            (sequence.id, self._scored(sequence)) for sequence in idle
+        parts = self._scheduler.plan()
+        self.counters.preemptions = self._scheduler.preemptions
+        running = list(self._scheduler.running)
+        for sequence in running:
+            self._count_prompt(sequence)
+        results: list[Result] = [
+            (sequence.id, self._scored(sequence)) for sequence in running if sequence.needs_no_step
         ]
-        plan = self._plan()
-        if not plan:
+        parts = [part for part in parts if part.sequence.id in self._alive]
+        if not parts:
             return results
-        logits = self._runner.step(make_batch([part for _, part in plan], self._runner.block_size))
+        batch = make_batch([part.slice for part in parts], self._runner.block_size)
+        logits = self._runner.step(batch)
+        self.counters.steps += 1
         first = 0
-        for sequence, part in plan:
-            rows_RV = logits[first : first + part.logits]
-            first += part.logits
+        for part in parts:
+            rows_RV = logits[first : first + part.slice.logits]
+            first += part.slice.logits
             try:
-                event = self._advance(sequence, part, rows_RV)
+                results += [(part.sequence.id, event) for event in self._advance(part, rows_RV)]
             except EarnestError as error:
-                self._release(sequence)
-                results.append((sequence.id, error))
-            else:
-                if event is not None:
-                    results.append((sequence.id, event))
+                self._end(part.sequence)
+                results.append((part.sequence.id, error))
+        if self._speculation is not None:
+            self._speculation.stepped(len(results))
         return results
 
-    def _admit(self) -> None:
-        while self._waiting and len(self._running) < self._max_sequences:
-            sequence = self._waiting[0]
-            needed = blocks_for(sequence.positions, self._runner.block_size)
-            blocks = self.blocks.allocate(needed)
-            if blocks is None:
-                return
-            sequence.blocks = blocks
-            self._running[sequence.id] = sequence
-            self._waiting.popleft()
+    def _count_prompt(self, sequence: sequences.Sequence) -> None:
+        """Once for each request, when it is first admitted."""
+        if sequence.cached is not None and not sequence.counted:
+            sequence.counted = True
+            self.counters.prompt_tokens += sequence.prompt_length
+            self.counters.cached_tokens += sequence.cached
 
-    @staticmethod
-    def _needs_nothing(sequence: _Sequence) -> bool:
-        """No tokens were asked for, and no log-probabilities that a step would have to find."""
-        done = sequence.prompt_logprobs
-        return sequence.limit == 0 and (done is None or len(done) == sequence.prompt_length)
+    def _advance(self, part: Part, rows_RV: Float32) -> list[TokenEvent]:
+        """Take in what one step computed for one sequence; an event for each token chosen.
 
-    def _plan(self) -> list[tuple[_Sequence, Slice]]:
-        """Choose the tokens of the next step: those being written first, then prompts in order."""
-        plan = [
-            (sequence, Slice([sequence.tokens[-1]], sequence.computed, sequence.blocks, 1))
-            for sequence in self._running.values()
-            if sequence.writing
-        ]
-        budget, prompt_logits = self._max_batch_tokens - len(plan), self._max_prompt_logits
-        for sequence in self._running.values():
-            if sequence.writing or budget == 0:
-                continue
-            start, length = (
-                sequence.computed,
-                min(budget, sequence.prompt_length - sequence.computed),
-            )
-            if sequence.prompt_logprobs is None:
-                wanted = int(start + length == sequence.prompt_length)
-            else:
-                length = wanted = min(length, prompt_logits)
-                prompt_logits -= wanted
-            if length == 0:
-                continue
-            budget -= length
-            tokens = sequence.tokens[start : start + length]
-            plan.append((sequence, Slice(tokens, start, sequence.blocks, wanted)))
-        return plan
-
-    def _advance(self, sequence: _Sequence, part: Slice, rows_RV: Float32) -> TokenEvent | None:
-        """Take in what one step computed for one sequence; an event if a token was chosen."""
-        params = sequence.request.sampling
-        if sequence.prompt_logprobs is not None and not sequence.writing:
-            self._score_prompt(sequence, part, rows_RV)
-        sequence.computed += len(part.tokens)
-        if not sequence.writing:
-            return None
+        A guess that is the token chosen saves a step: the row after it is what the model expects
+        next. What was computed behind a wrong one is never read, and written over.
+        """
+        sequence, slice_ = part.sequence, part.slice
+        if not sequence.scored:
+            self._score_prompt(sequence, slice_.start, rows_RV)
+        known = len(slice_.tokens) - len(part.drafts)
+        if sequence.pending > known:  # a piece of a prompt
+            self._scheduler.computed(sequence, known)
+            return []
         if sequence.limit == 0:
-            return self._scored(sequence)
-        logits_V = rows_RV[-1]
-        token = sequence.sampler.sample(logits_V)
+            return [self._scored(sequence)]
+        events: list[TokenEvent] = []
+        for guess, logits_V in zip(
+            (*part.drafts, None), rows_RV[len(rows_RV) - 1 - len(part.drafts) :], strict=True
+        ):
+            events.append(self._chosen(sequence, logits_V))
+            if events[-1].finish_reason is not None:
+                self._guessed(part, len(events) - 1)
+                self._end(sequence)
+                return events
+            if events[-1].token_id != guess:
+                break
+        self._guessed(part, len(events) - 1)
+        self._scheduler.computed(sequence, known + len(events) - 1)
+        return events
+
+    def _guessed(self, part: Part, right: int) -> None:
+        if self._speculation is not None and part.drafts:
+            self._speculation.checked(len(part.drafts), right)
+            self.counters.drafted_tokens += len(part.drafts)
+            self.counters.accepted_tokens += right
+
+    def _chosen(self, sequence: sequences.Sequence, logits_V: Float32) -> TokenEvent:
+        """Choose the next token of a sequence."""
+        params, constraint = sequence.request.sampling, sequence.constraint
+        allowed_V = None if constraint is None else constraint.allowed()
+        token = sequence.sampler.sample(logits_V, allowed_V)
+        if constraint is not None:
+            constraint.accept(token)
         logprobs = None
         if params.logprobs is not None:
             logprobs = token_logprobs(logits_V, token, params.logprobs)
         sequence.tokens.append(token)
+        self.counters.generated_tokens += 1
         reason: FinishReason | None = None
         if token in sequence.stop_ids:
             text, reason = sequence.text.finish(), "stop"
@@ -296,41 +339,48 @@ class Engine:
                 text, reason = text + sequence.text.finish(), "length"
             if sequence.text.stopped:
                 reason = "stop"
-        if reason is not None:
-            self._release(sequence)
-        of_prompt = sequence.prompt_logprobs if sequence.sampler.count == 1 else None
+        is_first = sequence.sampler.count == 1
         return TokenEvent(
             text=text,
             token_id=token,
             logprobs=logprobs,
             finish_reason=reason,
-            prompt_logprobs=None if of_prompt is None else tuple(of_prompt),
+            prompt_logprobs=_frozen(sequence) if is_first else None,
+            cached_tokens=sequence.cached if is_first else None,
         )
 
-    def _scored(self, sequence: _Sequence) -> TokenEvent:
+    def _scored(self, sequence: sequences.Sequence) -> TokenEvent:
         """The sole event of a request for no tokens."""
-        self._release(sequence)
-        of_prompt = sequence.prompt_logprobs
+        self._end(sequence)
         return TokenEvent(
             text="",
             token_id=None,
             finish_reason="length",
-            prompt_logprobs=None if of_prompt is None else tuple(of_prompt),
+            prompt_logprobs=_frozen(sequence),
+            cached_tokens=sequence.cached,
         )
 
-    def _score_prompt(self, sequence: _Sequence, part: Slice, rows_RV: Float32) -> None:
-        """Row i of a prompt is what the model expected at i + 1."""
-        params, found = sequence.request.sampling, sequence.prompt_logprobs
-        if found is None or params.prompt_logprobs is None:
+    def _score_prompt(self, sequence: sequences.Sequence, start: int, rows_RV: Float32) -> None:
+        """Row i of a prompt is what the model expected at i + 1. After a preemption rows come
+        again; what was found stays."""
+        count, found = sequence.request.sampling.prompt_logprobs, sequence.prompt_logprobs
+        if found is None or count is None:
             return
-        following = sequence.tokens[part.start + 1 : part.start + 1 + len(part.tokens)]
-        for token, logits_V in zip(following, rows_RV, strict=False):
-            found.append(token_logprobs(logits_V, token, params.prompt_logprobs))
+        prompt = sequence.request.prompt_ids
+        for position, logits_V in enumerate(rows_RV, start + 1):
+            if position == len(found) < len(prompt):
+                found.append(token_logprobs(logits_V, int(prompt[position]), count))
 
-    def _release(self, sequence: _Sequence) -> None:
-        del self._running[sequence.id]
-        blocks, sequence.blocks = sequence.blocks, []
-        self.blocks.free(blocks)
+    def _end(self, sequence: sequences.Sequence) -> None:
+        del self._alive[sequence.id]
+        self._scheduler.remove(sequence.id)
+        if self._speculation is not None:
+            self._speculation.forget(sequence.id)
+
+
+def _frozen(sequence: sequences.Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+    found = sequence.prompt_logprobs
+    return None if found is None else tuple(found)
 
 
 def check_token_ids(token_ids: Sequence[int] | npt.NDArray[np.integer], vocab_size: int) -> None:

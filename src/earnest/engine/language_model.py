@@ -368,19 +368,8 @@ class LanguageModel:
     def _blocks_for(self, positions: int) -> Iterator[list[int]]:
         """KV blocks for a run outside the engine; the lock must be held."""
         self._sweep()
-        pool = self._engine.blocks
-        blocks = pool.allocate(blocks_for(positions, self._runner.block_size))
-        if blocks is None:
-            raise MemoryBudgetError(
-                "the KV blocks are in use by streams that have not ended",
-                got=f"{pool.num_free:,} of {pool.num_blocks:,} blocks free",
-                remedy="read the streams to their end or close them, "
-                "or open the model with a larger max_context",
-            )
-        try:
+        with self._engine.borrowed(positions) as blocks:
             yield blocks
-        finally:
-            pool.free(blocks)
 
     def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
         if not _is_prompt(prompt):

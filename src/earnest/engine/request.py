@@ -5,10 +5,11 @@ back (`TokenEvent`, `Completion`). Small, frozen, checked when made.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from earnest.engine.constraint import Constraint
 from earnest.errors import SamplingError
 
 FinishReason = Literal["stop", "length"]
@@ -132,10 +133,17 @@ class Request:
     Attributes:
         prompt_ids: token ids of the prompt, at least one.
         sampling: how to continue it.
+        priority: the lower, the sooner; of equals the first come.
+        salt: only requests of the same salt share the blocks of common prefixes, and see by the
+            time it takes whether there are any. Give each tenant one.
+        constraint: makes the state of a grammar that the output must follow; None: it is free.
     """
 
     prompt_ids: tuple[int, ...]
     sampling: SamplingParams
+    priority: int = 0
+    salt: bytes = b""
+    constraint: Callable[[], Constraint] | None = None
 
 
 @dataclass(frozen=True)
@@ -149,6 +157,7 @@ class TokenEvent:
         logprobs: if asked for.
         finish_reason: set on the last event.
         prompt_logprobs: if asked for, on the first event: one per prompt token, the first None.
+        cached_tokens: on the first event: tokens of the prompt that were not computed again.
     """
 
     text: str
@@ -156,6 +165,7 @@ class TokenEvent:
     logprobs: TokenLogprobs | None = None
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
+    cached_tokens: int | None = None
 
 
 @dataclass(frozen=True)

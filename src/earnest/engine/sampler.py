@@ -90,17 +90,18 @@ class Sampler:
         if params.presence_penalty or params.frequency_penalty:
             self._occurrences_V = np.zeros(vocab_size, np.int64)
 
-    def sample(self, logits_V: Float) -> int:
+    def sample(self, logits_V: Float, allowed_V: npt.NDArray[np.bool_] | None = None) -> int:
         """The next token of the request.
 
         Args:
             logits_V: floating `[V]`; not changed.
+            allowed_V: bool `[V]`, the tokens to choose from, at least one; None: all.
 
         Raises:
             CheckpointError: the logits hold NaN or infinity.
         """
         require_finite(logits_V)
-        token = self._choose(self._adjusted(logits_V))
+        token = self._choose(self._adjusted(logits_V, allowed_V))
         self.count += 1
         if self._seen_V is not None:
             self._seen_V[token] = True
@@ -108,8 +109,8 @@ class Sampler:
             self._occurrences_V[token] += 1
         return token
 
-    def _adjusted(self, logits_V: Float) -> Float64:
-        """The logits after bias, penalties and minimum-length masking; always a copy."""
+    def _adjusted(self, logits_V: Float, allowed_V: npt.NDArray[np.bool_] | None) -> Float64:
+        """The logits after bias, penalties, minimum-length masking and grammar; always a copy."""
         params, x_V = self._params, logits_V.astype(np.float64)
         with np.errstate(over="ignore"):
             if len(self._bias_ids):
@@ -123,6 +124,12 @@ class Sampler:
                 x_V[ids] = _held(x_V[ids] - _held(params.presence_penalty + repeats))
         if self.count < params.min_tokens:
             x_V[self._stop_ids] = -np.inf
+        if allowed_V is not None:
+            masked_V = np.where(allowed_V, x_V, -np.inf)
+            # A grammar that has come to its end allows nothing but to stop, min_tokens or not.
+            x_V = (
+                masked_V if np.isfinite(masked_V.max()) else np.where(allowed_V, logits_V, -np.inf)
+            )
         return x_V
 
     def _choose(self, x_V: Float64) -> int:

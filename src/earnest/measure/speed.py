@@ -191,6 +191,7 @@ def measure_speed(
     *,
     runner: Literal["native", "reference"] | None = None,
     threads: int | None = None,
+    lock: bool = False,
     loading: Progress = silent,
     progress: Progress = silent,
 ) -> Speed:
@@ -201,15 +202,23 @@ def measure_speed(
         what: the rows to measure.
         runner: by default native where its kernels are installed.
         threads: threads of the native runner; all usable by default.
+        lock: pin the weights in RAM first; the native runner only.
         loading: told how far packing is, in bytes.
         progress: told how many rows are done.
 
     Raises:
         MemoryBudgetError: keys and values, or the weights, have no room.
         MissingPackageError: the native runner was asked for and is not installed.
-        UserError: not a number of threads.
+        MachineError: the weights may not be locked.
+        UserError: not a number of threads, or the reference was to lock its weights.
     """
     is_native = runner == "native" or (runner is None and not isa.warn_without_kernels())
+    if lock and not is_native:
+        raise UserError(
+            "only the native runner can pin its weights",
+            got="the reference runner",
+            remedy="run without --lock",
+        )
     _check_room(checkpoint.config, what, 2 if is_native else 4)
     begun = time.perf_counter()
     made: BenchRunner
@@ -219,6 +228,7 @@ def measure_speed(
             num_blocks=what.num_blocks,
             block_size=BLOCK_SIZE,
             threads=threads,
+            lock=lock,
             progress=loading,
         )
     else:

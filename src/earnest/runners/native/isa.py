@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
 import warnings
 from functools import cache
 from typing import Any
 
-from earnest import env
+from earnest import compiled, env
 from earnest.errors import MissingPackageError, UserError
 
 WITHOUT_KERNELS = (
@@ -18,19 +17,9 @@ WITHOUT_KERNELS = (
 )
 
 
-@cache
-def _load() -> Any | None:
-    try:
-        return importlib.import_module("earnest._native")
-    except ModuleNotFoundError as missing:
-        if missing.name != "earnest._native":
-            raise
-        return None
-
-
 def installed() -> bool:
     """Whether this installation has the compiled kernels."""
-    return _load() is not None
+    return compiled.module() is not None
 
 
 @cache
@@ -48,7 +37,7 @@ def native() -> Any:
     Raises:
         MissingPackageError: this installation has none.
     """
-    module = _load()
+    module = compiled.module()
     if module is None:
         raise MissingPackageError(WITHOUT_KERNELS)
     return module

@@ -1,8 +1,10 @@
-"""From a checkpoint to what the native step reads: panels, in memory.
+"""From a checkpoint to what the native step reads: panels.
 
-A codec that has a panel layout keeps its bits. Others are re-encoded, which a notice says: to q8_0
-where rows are whole blocks of 32 weights, else to float32. The router is decoded to float32
-whatever it is stored in. Nothing is read until `pack`; what it will take is known before.
+A packed file holds them: they are used where they lie, and nothing of them is read. Other files are
+packed into memory. A codec that has a panel layout keeps its bits. Others are re-encoded, which a
+notice says: to q8_0 where rows are whole blocks of 32 weights, else to float32. The router is
+decoded to float32 whatever it is stored in. Nothing is read until `place`; what it will take is
+known before.
 """
 
 from __future__ import annotations
@@ -25,6 +27,7 @@ from earnest.log import Progress, silent
 
 # Weights packed at a time; bounds the memory of decoded and re-encoded rows.
 _CHUNK_WEIGHTS = 2**22
+_ALIGNMENT = 64
 
 # Codecs that plain weights may be rounded to when asked.
 Plain = Literal["bf16", "f16", "q8_0"]
@@ -32,12 +35,12 @@ Plain = Literal["bf16", "f16", "q8_0"]
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A weight matrix as it will be packed.
+    """A weight matrix as the step will read it.
 
     Attributes:
         name: its canonical name without `.weight`.
         tensor: where it comes from.
-        layout: the panels it becomes.
+        layout: the panels it is or becomes.
     """
 
     name: str
@@ -65,26 +68,33 @@ class PackedMatrix:
         panels, panel_bytes = self.shape
         return panels * panel_bytes
 
-    def pack(self) -> Bytes:
-        """The panels, `uint8` of `shape`, from a 64-byte boundary: a panel's 64 bytes then lie in
-        one cache line wherever the codec allows."""
-        panels = _aligned(self.shape)
+    @property
+    def is_mapped(self) -> bool:
+        """Whether the file holds the panels as they are read, so that they are used in place."""
+        return self.tensor.panels is not None and not self.is_reencoded
+
+    def slices(self) -> Iterator[slice]:
+        """The rows, in pieces of whole panels that are packed at a time."""
         rows, columns = self.tensor.shape
         step = max(1, _CHUNK_WEIGHTS // (columns * PANEL_ROWS)) * PANEL_ROWS
-        stored, codec = self.tensor.raw(), self.layout.codec
         for start in range(0, rows, step):
-            part = contiguous(stored[start : start + step])
-            if self.is_reencoded:
-                assert codec.encode is not None
-                part = codec.encode(self.tensor.codec.decode(part))
-            packed = self.layout.pack(part, columns)
-            panels[start // PANEL_ROWS : start // PANEL_ROWS + len(packed)] = packed
-        return panels
+            yield slice(start, min(start + step, rows))
+
+    def pack(self, rows: slice, panels: Bytes) -> None:
+        """Write the panels of `rows`, one of `slices()`, to where they belong in `panels`, which
+        is `uint8` of `shape`."""
+        part = contiguous(self.tensor.raw()[rows])
+        if self.is_reencoded:
+            assert self.layout.codec.encode is not None
+            part = self.layout.codec.encode(self.tensor.codec.decode(part))
+        first = rows.start // PANEL_ROWS
+        count = -(-(rows.stop - rows.start) // PANEL_ROWS)
+        self.layout.pack(part, self.tensor.shape[1], out=panels[first : first + count])
 
 
 @dataclass(frozen=True)
 class Packing:
-    """A model about to be packed.
+    """A model about to be placed.
 
     Attributes:
         matrices: every matrix, in the order of the checkpoint.
@@ -100,6 +110,16 @@ class Packing:
         return sum(matrix.nbytes for matrix in self.matrices)
 
     @property
+    def mapped_bytes(self) -> int:
+        """Bytes of the panels that are read in the file."""
+        return sum(matrix.nbytes for matrix in self.matrices if matrix.is_mapped)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Bytes of memory for the panels that `place` makes."""
+        return sum(_rounded(matrix.nbytes) for matrix in self.matrices if not matrix.is_mapped)
+
+    @property
     def notice(self) -> str | None:
         """What is re-encoded, in a sentence; None if nothing is."""
         counts = Counter(
@@ -112,33 +132,56 @@ class Packing:
         what = ", ".join(f"{n:,} from {old} to {new}" for (old, new), n in counts.items())
         return f"matrices without a kernel for their codec are re-encoded: {what}"
 
-    def pack(
+    def place(
         self, threads: int, forget: Callable[[int], None], progress: Progress = silent
-    ) -> Iterator[tuple[PackedMatrix, Bytes]]:
-        """Pack all matrices, and hand them out in order.
+    ) -> tuple[dict[str, Bytes], Bytes]:
+        """Find or make the panels of every matrix.
+
+        All that is made lies in one array. The system backs a large array with huge pages where
+        it may (numpy asks it to), while most experts alone would be too small for that.
 
         Args:
-            threads: matrices packed at the same time.
+            threads: pieces packed at the same time.
             forget: told the stored bytes read, `Checkpoint.forgetter()`.
-            progress: told the bytes of panels written.
+            progress: told the bytes of panels that are in place.
+
+        Returns:
+            Name to panels `uint8 [panels, bytes of a panel]`, each from a 64-byte boundary (of the
+            file, where they are mapped): a panel's 64 bytes then lie in one cache line wherever
+            the codec allows. And the array, `uint8 [packed_bytes]`.
         """
-        done, total = 0, self.nbytes
-        waiting = deque[tuple[PackedMatrix, Future[Bytes]]]()
+        made, at = _aligned(self.packed_bytes), 0
+        placed: dict[str, Bytes] = {}
+        pieces: list[tuple[PackedMatrix, slice]] = []
+        for matrix in self.matrices:
+            if matrix.is_mapped:
+                assert matrix.tensor.panels is not None
+                placed[matrix.name] = matrix.tensor.panels()
+                continue
+            placed[matrix.name] = made[at : at + matrix.nbytes].reshape(matrix.shape)
+            at += _rounded(matrix.nbytes)
+            pieces += [(matrix, rows) for rows in matrix.slices()]
+        total, done = self.nbytes, self.mapped_bytes
+        waiting = deque[tuple[PackedMatrix, slice, Future[None]]]()
         with ThreadPoolExecutor(threads) as pool:
             try:
-                for matrix in (*self.matrices, *[None] * threads):
-                    if matrix is not None:
-                        waiting.append((matrix, pool.submit(matrix.pack)))
-                    if waiting and (matrix is None or len(waiting) > threads):
-                        first, future = waiting.popleft()
+                for piece in (*pieces, *[None] * 2 * threads):
+                    if piece is not None:
+                        matrix, rows = piece
+                        future = pool.submit(matrix.pack, rows, placed[matrix.name])
+                        waiting.append((matrix, rows, future))
+                    if waiting and (piece is None or len(waiting) > 2 * threads):
                         progress(done, total, "packing weights")
-                        yield first, future.result()
-                        done += first.nbytes
-                        forget(first.tensor.nbytes)
+                        matrix, rows, future = waiting.popleft()
+                        future.result()
+                        share = (rows.stop - rows.start) / matrix.tensor.shape[0]
+                        done += int(matrix.nbytes * share)
+                        forget(int(matrix.tensor.nbytes * share))
             finally:
-                for _, future in waiting:
+                for _, _, future in waiting:
                     future.cancel()
-        progress(total, total, "packing weights")
+        progress(total, total, "weights in place")
+        return placed, made
 
 
 def plan_packing(checkpoint: Checkpoint, *, plain: Plain | None = None) -> Packing:
@@ -181,8 +224,11 @@ def _codec_for(tensor: LazyTensor, plain: Plain | None) -> str:
     return "q8_0" if tensor.shape[1] % 32 == 0 else "f32"
 
 
-def _aligned(shape: tuple[int, int]) -> Bytes:
-    size = shape[0] * shape[1]
-    memory = np.empty(size + 63, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].reshape(shape)
+def _rounded(nbytes: int) -> int:
+    return -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+
+
+def _aligned(nbytes: int) -> Bytes:
+    memory = np.empty(nbytes + _ALIGNMENT - 1, np.uint8)
+    start = -memory.ctypes.data % _ALIGNMENT
+    return memory[start : start + nbytes]

@@ -20,7 +20,7 @@ from earnest.errors import MemoryBudgetError, TensorsError, UserError
 from earnest.log import Progress, logger, silent
 from earnest.runners.base import Batch, Float32, Routing
 from earnest.runners.check import check_at_least, check_batch
-from earnest.runners.native import isa, ops
+from earnest.runners.native import isa, memory, ops
 from earnest.runners.native.packing import Packing, Plain, plan_packing
 from earnest.runners.reference.model import inverse_frequencies, rotations
 
@@ -28,6 +28,9 @@ from earnest.runners.reference.model import inverse_frequencies, rotations
 PIECE_TOKENS = 1024
 # Positions that the kernels read side by side: a KV block must be whole runs of them.
 POSITIONS_TOGETHER = 16
+
+# Packing less takes no longer than starting Python, and is not spoken of.
+_WORTH_PACKING = 2**28
 
 _KV_TYPES = {"f32": 0, "bf16": 1}
 
@@ -42,22 +45,27 @@ class NativeRunner:
         num_blocks: KV blocks; memory for them is taken when they are first written.
         block_size: positions per KV block, a multiple of 16.
         threads: threads to use; all that this process may use by default.
-        memory_budget: bytes that the panels may take; by default what is free beside the KV blocks
-            and the scratch.
+        memory_budget: bytes that panels packed into memory may take (mapped ones take none); by
+            default what is free beside the KV blocks and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
         kv: how keys and values are kept.
         activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
             the logits as good as exact; 8 halves the integer products, which prefill feels.
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
-        progress: told how far packing is.
+        lock: pin the weights in RAM, whether mapped or packed.
+        progress: told how far packing (and locking) is.
 
     Attributes:
         config, block_size, num_blocks: what the protocol asks for.
+        weight_bytes: bytes of all panels; `mapped_bytes` of them are read in the file.
+        kv_bytes, scratch_bytes: memory beside them.
 
     Raises:
         MissingPackageError: this installation has no compiled kernels.
         UserError: an argument is out of range.
-        MemoryBudgetError: weights, KV blocks and scratch do not fit into the free memory.
+        MemoryBudgetError: what must be in memory does not fit into what is free: packed weights,
+            KV blocks, scratch, and mapped weights if they are to be locked.
+        MachineError: this process may not lock so much memory.
     """
 
     def __init__(
@@ -72,6 +80,7 @@ class NativeRunner:
         kv: KvType = "bf16",
         activation_bits: Literal[8, 15] = 15,
         tier: str | None = None,
+        lock: bool = False,
         progress: Progress = silent,
     ) -> None:
         config = checkpoint.config
@@ -117,14 +126,24 @@ class NativeRunner:
                 f"the checkpoint's tensors do not make its model: {error}",
                 remedy="open it with earnest.checkpoint.open_checkpoint, which lists all problems",
             ) from error
-        self.weight_bytes = packing.nbytes
+        self.weight_bytes, self.mapped_bytes = packing.nbytes, packing.mapped_bytes
         self.kv_bytes: int = self._model.kv_bytes
         self.scratch_bytes: int = scratch
-        self._check_memory(packing, memory_budget)
-        if packing.notice:
-            logger.warning(packing.notice)
-        for matrix, panels in packing.pack(self.pool.workers, checkpoint.forgetter(), progress):
-            self._model.place(matrix.name, panels)
+        self._check_memory(packing, memory_budget, lock)
+        if packing.packed_bytes > _WORTH_PACKING:
+            logger.warning(
+                f"packing {packing.packed_bytes / 2**30:.1f} GiB of weights into memory; to open "
+                f"this model instantly from now on: earnest pack {checkpoint.path} PACKED"
+            )
+        for notice in (packing.notice, memory.too_large(self.mapped_bytes, self._memory(packing))):
+            if notice:
+                logger.warning(notice)
+        placed, made = packing.place(self.pool.workers, checkpoint.forgetter(), progress)
+        for name, panels in placed.items():
+            self._model.place(name, panels)
+        mapped = [placed[matrix.name] for matrix in packing.matrices if matrix.is_mapped]
+        if lock:
+            memory.lock([*mapped, made], progress)
         # Zeros, since attention multiplies the padding of narrow heads. The system hands out zero
         # pages when they are first touched.
         self.cache: Bytes = np.zeros(self.kv_bytes, np.uint8)
@@ -169,23 +188,35 @@ class NativeRunner:
                 routing.append(Routing(layer, experts[index], weights[index]))
         return logits_RV
 
-    def _check_memory(self, packing: Packing, budget: int | None) -> None:
+    def _memory(self, packing: Packing) -> int:
+        """Bytes that are taken beside mapped weights."""
+        return packing.packed_bytes + self.kv_bytes + self.scratch_bytes
+
+    def _check_memory(self, packing: Packing, budget: int | None, lock: bool) -> None:
         free = env.free_memory()
-        beside = self.kv_bytes + self.scratch_bytes
-        allowed = free - beside if budget is None else min(budget, free - beside)
-        if packing.nbytes <= allowed:
+        locked = packing.mapped_bytes if lock else 0
+        fits = self._memory(packing) + locked <= free
+        if fits and (budget is None or packing.packed_bytes <= budget):
             return
-        per_block = self.kv_bytes // self.num_blocks
         gib = 2**30
+        remedies = [
+            f"ask for a shorter context (a block of {self.block_size} positions takes "
+            f"{self.kv_bytes // self.num_blocks:,} bytes)",
+            "quantise the weights",
+        ]
+        if packing.packed_bytes:
+            remedies.append("or earnest pack them: a packed file is mapped and takes no memory")
+        if locked:
+            remedies.append("or do not lock them")
         raise MemoryBudgetError(
             "the model does not fit into memory",
-            got=f"{packing.nbytes / gib:.2f} GiB of weights, {self.kv_bytes / gib:.2f} GiB of keys "
-            f"and values ({self.num_blocks * self.block_size:,} positions), "
+            got=f"{(packing.packed_bytes + locked) / gib:.2f} GiB of weights, "
+            f"{self.kv_bytes / gib:.2f} GiB of keys and values "
+            f"({self.num_blocks * self.block_size:,} positions), "
             f"{self.scratch_bytes / gib:.2f} GiB of scratch",
             expected=f"{free / gib:.2f} GiB are free"
             + ("" if budget is None else f", weights may take {budget / gib:.2f} GiB"),
-            remedy=f"ask for a shorter context (a block of {self.block_size} positions takes "
-            f"{per_block:,} bytes), or quantise the weights",
+            remedy=", ".join(remedies),
         )
 
 
