@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--tier", default=isa.tier())
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    data = np.ones(512 * 2**20, np.uint8)
+    data = np.ones(256 * 2**20, np.uint8)
     rows = []
     for threads in sorted(set(args.threads)):
         pool = ops.thread_pool(threads)

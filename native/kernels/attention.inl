@@ -66,7 +66,6 @@ EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum)
 }  // namespace earnest
 
 #include "kernels/attention_floats.inl"
-#include "kernels/attention_bytes.inl"
 
 namespace earnest {
 namespace {
@@ -164,16 +163,13 @@ void attendSegment(const Attention& a, int64_t segment, float* states, uint8_t* 
     case kKvF32: return attendSegmentAs<FloatKv<KvF32>>(a, segment, states, scratch);
     case kKvF16: return attendSegmentAs<FloatKv<KvF16>>(a, segment, states, scratch);
     case kKvBf16: return attendSegmentAs<FloatKv<KvBf16>>(a, segment, states, scratch);
-    default: return attendSegmentAs<ByteKv>(a, segment, states, scratch);
+    default: return;
   }
 }
 
 size_t attendScratchBytes(int64_t queries, int64_t channels) {
-  const int64_t floats = tilesOf<FloatKv<KvF32>>(queries) * FloatKv<KvF32>::packedBytes(channels) +
-                         FloatKv<KvF32>::kWorkBytes;
-  const int64_t bytes =
-      tilesOf<ByteKv>(queries) * ByteKv::packedBytes(channels) + ByteKv::kWorkBytes;
-  return static_cast<size_t>(floats > bytes ? floats : bytes);
+  using Kv = FloatKv<KvF32>;
+  return static_cast<size_t>(tilesOf<Kv>(queries) * Kv::packedBytes(channels) + Kv::kWorkBytes);
 }
 
 void mergeState(float* into, const float* from, int64_t channels) {
@@ -189,6 +185,22 @@ void mergeState(float* into, const float* from, int64_t channels) {
 void finishState(const float* state, int64_t channels, float* out) {
   const float inverse = 1.0f / state[paddedChannels(channels) + 1];
   for (int64_t c = 0; c < channels; ++c) out[c] = state[c] * inverse;
+}
+
+void storeHalves(const float* x, int64_t count, uint8_t* out) {
+  const auto clamped = [](float v) {
+    return v > 65504.0f && v < __builtin_inff()     ? 65504.0f
+           : v < -65504.0f && v > -__builtin_inff() ? -65504.0f
+                                                    : v;
+  };
+  alignas(64) float some[16];
+  for (int64_t i = 0; i < count; i += 16) {
+    const int64_t n = count - i < 16 ? count - i : 16;
+    for (int64_t j = 0; j < 16; ++j) some[j] = j < n ? clamped(x[i + j]) : 0.0f;
+    alignas(32) uint8_t halves[32];
+    Vec::storeHalves(halves, Vec::load(some));
+    for (int64_t j = 0; j < 2 * n; ++j) out[2 * i + j] = halves[j];
+  }
 }
 
 const StepKernels stepKernels = {rmsNorm,       swiglu,        add,

@@ -123,7 +123,7 @@ struct FloatKv {
   static int64_t valueBytes(int64_t channels) {
     return 16 * C::kNumber * paddedChannels(channels);
   }
-  static int64_t packedBytes(int64_t channels) { return 4 * kQueries * (channels + 15) / 16 * 16; }
+  static int64_t packedBytes(int64_t channels) { return 4 * kQueries * ((channels + 15) / 16 * 16); }
 
   static void pack(const float* const* q, int queries, int64_t channels, float scale,
                    uint8_t* packed) {
