@@ -1,6 +1,6 @@
-"""Attention alone: what it reaches of the read bandwidth when decoding, and of the arithmetic in prefill.
+"""Attention alone: its share of the read bandwidth in decoding and of the arithmetic in prefill.
 
-    python bench/attention.py [--threads 1 2] [--kv f16 int8] [--shape 21b] [--depth 4096 16384]
+    python bench/attention.py [--threads 1 2] [--kv f16 bf16] [--shape 21b] [--depth 4096 16384]
 
 A model that is nothing but attention: the heads of the 21B model (20 queries, 4 keys and values of
 128 channels) or of SmolLM2 (9 and 3 of 64), a hidden size of 32 and so many layers that keys and
@@ -101,7 +101,7 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, ops.usable_threads()])
-    parser.add_argument("--kv", nargs="+", default=["f32", "f16", "bf16", "int8"])
+    parser.add_argument("--kv", nargs="+", default=["f32", "f16", "bf16"])
     parser.add_argument("--shape", nargs="+", default=["21b", "smollm2"], choices=list(SHAPES))
     parser.add_argument("--depth", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--prefill", type=int, default=256, help="0 for decode only")
@@ -144,7 +144,9 @@ def main() -> None:
                     text += f" {100 * row['gb_s'] / row['read_gb_s']:4.0f}% of read"
                     if args.prefill:
                         share = row["gflop_s"] / row["int8_gop_s"]
-                        text += f"; prefill {row['gflop_s']:6.1f} GFLOP/s {100 * share:3.0f}% of int8"
+                        text += (
+                            f"; prefill {row['gflop_s']:6.1f} GFLOP/s {100 * share:3.0f}% of int8"
+                        )
                     print(text, flush=True)
     if args.json:
         print(json.dumps(rows))

@@ -81,60 +81,8 @@ void run(const KernelTable& quantizer, const KernelTable& table, int codec, int 
   std::free(scratch);
 }
 
-// Attention of a chunk over two segments of random keys and values, and all half floats.
-std::vector<float> attended(const KernelTable& table, int32_t type, int heads, int channels,
-                            int64_t tokens, int64_t first) {
-  state = 88172645463325252u;
-  const int64_t page = 32, pages = (first + tokens + page - 1) / page;
-  const int64_t padded = (channels + 31) / 32 * 32, number = type == kKvF32 ? 4 : 2;
-  const int64_t stride = page * (channels + padded) * number;
-  std::vector<uint8_t> memory(pages * stride);
-  for (size_t i = 0; i < memory.size(); i += number) {
-    const float x = uniform();
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    // Half floats of moderate size: an exponent from 12 to 15.
-    const uint16_t half = type == kKvF16 ? (bits >> 16 & 0x8000) | 0x3000 | (bits >> 8 & 0xfff)
-                                         : bits >> 16;
-    std::memcpy(&memory[i], type == kKvF32 ? static_cast<const void*>(&x) : &half, number);
-  }
-  std::vector<int32_t> pages_in_order(pages);
-  for (int64_t i = 0; i < pages; ++i) pages_in_order[i] = static_cast<int32_t>(pages - 1 - i);
-  std::vector<float> q(tokens * heads * channels);
-  for (float& v : q) v = uniform();
-  const StepKernels& step = *table.step;
-  const KvView view{memory.data(), stride, page * channels * number, pages_in_order.data(), page};
-  const Attention a{view,  type,  heads,    channels,        tokens,
-                    first, 0.25f, q.data(), heads * channels};
-  const int64_t floats = step.stateFloats(channels);
-  std::vector<float> states(tokens * heads * floats), more(states), out(q.size());
-  std::vector<uint8_t> scratch(step.attendScratchBytes(tokens * heads, channels) + 64);
-  step.attendSegment(a, 0, states.data(), scratch.data());
-  for (int64_t s = 1; s <= (first + tokens - 1) / kAttentionSegment; ++s) {
-    step.attendSegment(a, s, more.data(), scratch.data());
-    for (int64_t i = 0; i < tokens * heads; ++i)
-      if (first + i / heads >= s * kAttentionSegment)
-        step.mergeState(&states[i * floats], &more[i * floats], channels);
-  }
-  for (int64_t i = 0; i < tokens * heads; ++i)
-    step.finishState(&states[i * floats], channels, &out[i * channels]);
-  return out;
-}
-
-void checkAttention(const KernelTable& table, int& checked, int& wrong) {
-  for (const int32_t type : {kKvF32, kKvBf16, kKvF16})
-    for (const int heads : {1, 3, 5, 9})
-      for (const int channels : {8, 64, 72})
-        for (const int64_t tokens : {1, 3, 16})
-          for (const int64_t first : {0, 120, 1017}) {
-            const auto a = attended(kGeneric, type, heads, channels, tokens, first);
-            const auto b = attended(table, type, heads, channels, tokens, first);
-            ++checked;
-            if (std::memcmp(a.data(), b.data(), 4 * a.size()) == 0) continue;
-            ++wrong;
-            std::printf("%s: attention type %d heads %d channels %d tokens %d first %d differs\n",
-                        table.name, type, heads, channels, int(tokens), int(first));
-          }
+// Of all sizes, with NaN and infinity.
+void checkHalves(const KernelTable& table, int& checked, int& wrong) {
   std::vector<float> x;
   for (int i = 0; i < 400000; ++i) {
     const uint32_t bits = random32() << 16 ^ random32();
@@ -158,7 +106,7 @@ void checkAttention(const KernelTable& table, int& checked, int& wrong) {
 int main() {
   const KernelTable& table = EARNEST_TIER;
   int checked = 0, wrong = 0;
-  checkAttention(table, checked, wrong);
+  checkHalves(table, checked, wrong);
   for (int codec = 0; codec < kCodecs; ++codec)
     for (int planes = 1; planes <= 2; ++planes)
       for (const int64_t tokens : {1, 2, 3, 5, 7, 8, 17, 33, 40})
