@@ -37,7 +37,8 @@ def log_softmax(logits: np.ndarray) -> np.ndarray:
 
 
 def compare(checkpoint: Checkpoint, ids: list[int], batch_of, what: str) -> tuple[float, float]:
-    """Mean KL(reference || native) in nats a token, and the ratio of perplexities less one."""
+    """Mean KL(reference || native) in nats a token (seen: 1e-6, the goal is 1e-4), and by which
+    share the perplexities differ (seen: 2e-4, the goal is 3e-3)."""
     T, blocks = len(ids), len(ids) // 32 + 1
     batch = batch_of((ids, 0, range(blocks)))
     want = log_softmax(ReferenceRunner(checkpoint, num_blocks=blocks).step(batch))
@@ -67,8 +68,8 @@ def test_stories(codec: str, stories, batch_of) -> None:
     """Matrices whose rows are whole blocks in the codec, the others as they are."""
     checkpoint, ids = stories
     kl, perplexity = compare(stored_in(checkpoint, codec), ids, batch_of, f"stories {codec}")
-    assert kl < 1e-4
-    assert perplexity < 3e-3
+    assert kl < 1e-5
+    assert perplexity < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -90,8 +91,8 @@ def test_smollm2_in_8_bits(smollm2: Checkpoint, shared: Path, tmp_path: Path, ba
             text = corpus.read(4000)
         ids = checkpoint.tokenizer.encode(text)[:384]
         kl, perplexity = compare(checkpoint, ids, batch_of, f"SmolLM2 q8_0, {name}")
-        assert kl < 1e-4
-        assert perplexity < 3e-3
+        assert kl < 1e-5
+        assert perplexity < 1e-3
 
 
 # --- the same experts -----------------------------------------------------------------------------
@@ -117,7 +118,7 @@ SEQUENCES, TOKENS = 64, 16
 
 # How near a tie swapped experts must be, by the spread of the scores, and which share of pairs may
 # be swapped by roundings alone: by how keys and values are kept. See docs/log.md, 2026-11-24.
-SWAPS = {"f32": (1e-3, 1e-3), "f16": (1e-2, 4e-3), "bf16": (4e-2, 3e-2)}
+SWAPS = {"f32": (1e-3, 1e-3), "f16": (5e-3, 4e-3), "bf16": (4e-2, 3e-2)}
 
 
 def synthetic(weights_of) -> dict[str, np.ndarray]:

@@ -407,7 +407,7 @@ def test_refused_before_memory_is_taken(
         {"num_blocks": 4, "block_size": 24},
         {"num_blocks": 4, "threads": 0},
         {"num_blocks": 4, "memory_budget": -1},
-        {"num_blocks": 4, "kv": "f16"},
+        {"num_blocks": 4, "kv": "q4_0"},
         {"num_blocks": 4, "activation_bits": 7},
     ],
 )
