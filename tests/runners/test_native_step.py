@@ -352,17 +352,26 @@ def test_what_stale_blocks_hold_does_not_matter(checkpoint_of, weights_of, batch
 def test_codecs_without_kernels_are_reencoded(
     checkpoint_of, weights_of, batch_of, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint = stored_in(checkpoint_of(MIXTURE, weights_of(MIXTURE)), "f64")
+    """Other blocks to q8_0, other plain types to float32."""
+    rng, blocks = np.random.default_rng(3), CODECS["iq4_nl"]
+
+    def in_blocks(tensor: LazyTensor) -> LazyTensor:
+        if len(tensor.shape) == 1 or tensor.name.endswith("mlp.gate.weight"):
+            return tensor
+        raw = rng.integers(256, size=blocks.stored_shape(tensor.shape), dtype=np.uint8)
+        scales = np.float16(0.2 / 64).tobytes()
+        raw.reshape(-1, blocks.block_bytes)[:, :2] = np.frombuffer(scales, np.uint8)
+        return replace(tensor, codec=blocks, view=lambda: raw)
+
+    plain = checkpoint_of(MIXTURE, weights_of(MIXTURE))
+    tensors = {name: in_blocks(tensor) for name, tensor in plain.tensors.items()}
     with caplog.at_level("WARNING", logger="earnest"):
-        runner = NativeRunner(checkpoint, num_blocks=2, kv="f32", activation_bits=15)
+        NativeRunner(stored_in(plain, "f64"), num_blocks=2)
+        runner = NativeRunner(replace(plain, tensors=tensors), num_blocks=2, kv="f32")
     assert "re-encoded" in caplog.text
-    assert "from f64 to q8_0" in caplog.text
-    q8 = NativeRunner(
-        stored_in(checkpoint_of(MIXTURE, weights_of(MIXTURE)), "q8_0"),
-        num_blocks=2,
-        kv="f32",
-        activation_bits=15,
-    )
+    assert "from f64 to f32" in caplog.text
+    assert "from iq4_nl to q8_0" in caplog.text
+    q8 = NativeRunner(stored_in(replace(plain, tensors=tensors), "q8_0"), num_blocks=2, kv="f32")
     batch = batch_of(([1, 2, 3], 0, [0]))
     np.testing.assert_array_equal(runner.step(batch), q8.step(batch))
 
