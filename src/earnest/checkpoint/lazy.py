@@ -105,7 +105,7 @@ class LazyTensor:
 
     def renamed(self, name: str) -> LazyTensor:
         """The same tensor under another name."""
-        return replace(self, name=name)
+        return self if name == self.name else replace(self, name=name)
 
 
 def _unpacked(

@@ -35,12 +35,14 @@ class StoredFile:
         tensors: stored name to tensor, in the order of the file; views of the memory maps.
         metadata: what the container says beside its tensors.
         maps: the memory maps under the tensors.
+        offsets: stored name to the byte of its file at which the tensor begins, where known.
     """
 
     path: Path
     tensors: dict[str, LazyTensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     maps: tuple[mmap.mmap, ...] = ()
+    offsets: dict[str, int] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Give back the pages read so far, so that streaming over a large file stays small.

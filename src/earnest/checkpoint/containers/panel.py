@@ -70,15 +70,16 @@ def unpacking(stored: StoredFile) -> StoredFile:
             got=f"{absent[0]!r:.200}",
         )
     tensors = {
-        name: _matrix(stored.path, tensor, table[name]) if name in table else tensor
+        name: _matrix(stored, tensor, table[name]) if name in table else tensor
         for name, tensor in stored.tensors.items()
         if not (_PADDING.fullmatch(name) and tensor.codec.name == "u8")
     }
     return replace(stored, tensors=tensors)
 
 
-def _matrix(path: Path, stored: LazyTensor, entry: object) -> LazyTensor:
+def _matrix(file: StoredFile, stored: LazyTensor, entry: object) -> LazyTensor:
     """The matrix that `entry` of the table says a stored tensor is."""
+    path = file.path
     match entry:
         case [str(codec), int(rows), int(columns)] if (
             codec in PANELS and type(rows) is type(columns) is int
@@ -103,9 +104,12 @@ def _matrix(path: Path, stored: LazyTensor, entry: object) -> LazyTensor:
     def panels() -> Bytes:
         return stored.view().view(np.uint8)
 
-    if panels().ctypes.data % ALIGNMENT:
+    if file.offsets[stored.name] % ALIGNMENT:
         raise _contradiction(
-            path, stored, "a tensor that begins elsewhere", f"a multiple of {ALIGNMENT} bytes"
+            path,
+            stored,
+            f"begin at byte {file.offsets[stored.name]:,}",
+            f"a multiple of {ALIGNMENT} bytes",
         )
     return LazyTensor(
         stored.name,

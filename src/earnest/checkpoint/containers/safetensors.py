@@ -88,7 +88,8 @@ def open_file(path: Path) -> StoredFile:
             )
         origin = f"{path}:{name}"
         tensors[name] = mapped_tensor(name, codec, shape, data, start + begin, origin)
-    return StoredFile(path, tensors, metadata, (mapped,))
+    offsets = {name: start + begin for name, _, _, begin, _ in entries}
+    return StoredFile(path, tensors, metadata, (mapped,), offsets)
 
 
 def _refuse_pickle(path: Path, kind: str) -> FormatError:
@@ -226,6 +227,7 @@ def _open_shards(path: Path, names: list[str]) -> StoredFile:
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, Any] = {}
     maps: list[mmap.mmap] = []
+    offsets: dict[str, int] = {}
     homes: dict[str, str] = {}
     twice: list[str] = []
     for shard in shards:
@@ -236,6 +238,7 @@ def _open_shards(path: Path, names: list[str]) -> StoredFile:
         tensors |= opened.tensors
         metadata = opened.metadata | metadata
         maps += opened.maps
+        offsets |= opened.offsets
         homes |= dict.fromkeys(opened.tensors, shard)
     astray = [
         f"{name} (not in {shard})" for name, shard in weight_map.items() if homes.get(name) != shard
@@ -250,7 +253,7 @@ def _open_shards(path: Path, names: list[str]) -> StoredFile:
             ),
             remedy="the folder mixes files of different downloads; download it again",
         )
-    return StoredFile(path, tensors, metadata, tuple(maps))
+    return StoredFile(path, tensors, metadata, tuple(maps), offsets)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
