@@ -369,9 +369,9 @@ def stories_ids(shared: Path, request: pytest.FixtureRequest) -> LanguageModel:
 
 @pytest.fixture
 def off(stories_ids: LanguageModel) -> float:
-    """How far logits may be from the published ones. Keys and values of the native runner are bf16,
-    which has 8 bits of precision."""
-    return 1e-4 if isinstance(stories_ids._runner, ReferenceRunner) else 0.3
+    """How far logits may be from the published ones. Keys and values of the native runner are f16,
+    which has 11 bits of precision (seen: 0.01)."""
+    return 1e-4 if isinstance(stories_ids.runner, ReferenceRunner) else 0.03
 
 
 @pytest.fixture(scope="module", params=["reference", "native"])

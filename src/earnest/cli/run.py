@@ -246,6 +246,7 @@ def show(events: Iterator[TokenEvent]) -> None:
         sys.stdout.write(event.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
+    sys.stdout.flush()
 
 
 def _as_dict(

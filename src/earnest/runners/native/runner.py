@@ -32,10 +32,10 @@ POSITIONS_TOGETHER = 16
 # Packing less takes no longer than starting Python, and is not spoken of.
 _WORTH_PACKING = 2**28
 
-_KV_TYPES = {"f32": 0, "bf16": 1}
+_KV_TYPES = {"f32": 0, "bf16": 1, "f16": 2}
 
-KvType = Literal["bf16", "f32"]
-DEFAULT_KV: KvType = "bf16"
+KvType = Literal["f16", "bf16", "f32"]
+DEFAULT_KV: KvType = "f16"
 
 
 def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
@@ -49,7 +49,7 @@ def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
         raise UserError(
             "there is no such type of keys and values", got=kv, expected=" or ".join(_KV_TYPES)
         )
-    number = {"f32": 4, "bf16": 2}[kv]
+    number = 4 if kv == "f32" else 2
     channels = config.head_dim + -(-config.head_dim // 32) * 32
     return config.num_hidden_layers * config.num_key_value_heads * channels * number
 
@@ -65,7 +65,8 @@ class NativeRunner:
         memory_budget: bytes that panels packed into memory may take (mapped ones take none); by
             default what is free beside the KV blocks and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
-        kv: how keys and values are kept.
+        kv: how keys and values are kept. f16 keeps 11 bits of each (and 65504 of what is larger),
+            bf16 8 bits in the same memory, f32 all in twice as much.
         activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
             the logits as good as exact; 8 halves the integer products, which prefill feels.
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
@@ -120,6 +121,7 @@ class NativeRunner:
         if num_blocks > 2**31 - 1:
             raise UserError("num_blocks is out of range", got=num_blocks, expected="32 bits")
         self.config, self.block_size, self.num_blocks = config, block_size, num_blocks
+        self.kv: KvType = kv
         self._inverse_F = inverse_frequencies(config.head_dim, config.rope_theta)
         self._moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
         self.pool = ops.thread_pool(threads)
