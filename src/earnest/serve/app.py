@@ -11,7 +11,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import Response
 
 from earnest.errors import EarnestError
-from earnest.serve import anthropic_messages, openai_chat, openai_completions, plain
+from earnest.serve import (
+    anthropic_messages,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    plain,
+)
 from earnest.serve.http import ApiError, Gate, api_error, error_response
 from earnest.serve.state import Served
 
@@ -23,7 +29,7 @@ def create_app(served: Served) -> FastAPI:
         served: what is served, and how.
     """
     app = FastAPI(title="Earnest", version=version("earnest"), redoc_url=None)
-    for part in (openai_chat, openai_completions, anthropic_messages, plain):
+    for part in (openai_chat, openai_completions, openai_responses, anthropic_messages, plain):
         app.include_router(part.router(served))
 
     @app.exception_handler(ApiError)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import time
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from contextlib import aclosing
 from typing import Any, Literal
 
@@ -223,7 +223,7 @@ def message_of(message: ChatMessage) -> dict[str, Any]:
     )
 
 
-def text_of(content: str | list[Part] | None) -> str:
+def text_of(content: str | Sequence[Part] | None) -> str:
     """The text of a message; anything else in it is refused by name."""
     if content is None or isinstance(content, str):
         return content or ""
