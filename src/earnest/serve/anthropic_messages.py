@@ -373,7 +373,7 @@ def _block(block: Block) -> dict[str, Any]:
         "type": "tool_use",
         "id": block.call_id,
         "name": block.name,
-        "input": block.arguments,
+        "input": block.arguments or {},
     }
 
 

@@ -13,6 +13,8 @@ from starlette.responses import Response
 from earnest.errors import EarnestError
 from earnest.serve import (
     anthropic_messages,
+    ollama,
+    ollama_models,
     openai_chat,
     openai_completions,
     openai_responses,
@@ -29,7 +31,10 @@ def create_app(served: Served) -> FastAPI:
         served: what is served, and how.
     """
     app = FastAPI(title="Earnest", version=version("earnest"), redoc_url=None)
-    for part in (openai_chat, openai_completions, openai_responses, anthropic_messages, plain):
+    for part in (
+        *(openai_chat, openai_completions, openai_responses, anthropic_messages),
+        *(ollama, ollama_models, plain),
+    ):
         app.include_router(part.router(served))
 
     @app.exception_handler(ApiError)

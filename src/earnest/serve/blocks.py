@@ -28,10 +28,10 @@ class Block:
     name: str = ""
 
     @property
-    def arguments(self) -> dict[str, Any]:
-        """Of a call, as an object; an empty one where the JSON was cut off."""
+    def arguments(self) -> dict[str, Any] | None:
+        """Of a call, as an object; None where the JSON was cut off."""
         found = arguments_of(self.text)
-        return found if isinstance(found, dict) else {}
+        return found if isinstance(found, dict) else None
 
 
 @dataclass(frozen=True)
