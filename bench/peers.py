@@ -104,12 +104,14 @@ class Run:
         self._flags: dict[tuple[str, Line], dict[str, Any]] = {}
         self._seconds: dict[tuple[str, Line], list[float]] = {}
         self._bytes: dict[Line, float] = {}
+        self._read: list[float] = []
 
     def all(self) -> list[dict[str, Any]]:
         """The rows of the table."""
-        rates = measure_rates(self._threads)
         self._check()
         for number in range(self._options.rounds):
+            # Every time: what a shared machine's memory gives changes from minute to minute.
+            self._read.append(measure_rates(self._threads).read)
             names = list(self._sides)
             for line in self._lines if self._together else [None]:
                 # Turn about: no side is always the one that finds a cold or a warm machine.
@@ -120,7 +122,8 @@ class Run:
                     if not self._together:
                         self._close()
         self._close()
-        return [row for line in self._lines for row in self._rows(line, rates)]
+        self._tell("read " + ", ".join(f"{read / 1e9:.1f}" for read in self._read) + " GB/s")
+        return [row for line in self._lines for row in self._rows(line)]
 
     def _tell(self, what: str) -> None:
         print(f"  {self._path.name}, {self._threads} threads: {what}", file=sys.stderr, flush=True)
@@ -150,7 +153,8 @@ class Run:
             if not self._together:
                 self._close()
         peer = logits["llama.cpp"]
-        for name, ours in logits.items():
+        for name in self._sides.keys() - {"llama.cpp"}:
+            ours = logits[name]
             apart = float(np.abs(ours - peer).max() / np.abs(peer).max())
             self._tell(
                 f"largest logit difference of {name} to llama.cpp: {apart:.1e} of the largest"
@@ -177,8 +181,9 @@ class Run:
             self._bytes[line] = answer["bytes"]
         return statistics.median(answer["seconds"])
 
-    def _rows(self, line: Line, rates: Any) -> list[dict[str, Any]]:
+    def _rows(self, line: Line) -> list[dict[str, Any]]:
         tokens = line.batch * (line.tokens if line.kind == "prefill" else 1)
+        read = statistics.median(self._read)
         medians = {name: statistics.median(self._seconds[name, line]) for name in self._sides}
         return [
             {
@@ -187,8 +192,9 @@ class Run:
                 "line": line.name,
                 "side": name,
                 "tok_s": tokens / seconds,
+                "gb_s": self._bytes[line] / seconds / 1e9,
                 # What a step must read is the same for both: keys and values of 16 bits.
-                "bandwidth_share": self._bytes[line] / seconds / rates.read,
+                "bandwidth_share": self._bytes[line] / seconds / read,
                 "ratio": medians["llama.cpp"] / seconds,
                 "settings": self._flags.get((name, line)),
             }
@@ -249,12 +255,13 @@ def main() -> None:
     if options.json:
         print(json.dumps({"machine": look().to_dict(), "rows": rows}, indent=1))
         return
-    print("| file | threads | line | side | tokens/s | of the bandwidth | to llama.cpp |")
-    print("|---|--:|---|---|--:|--:|--:|")
+    print("| file | threads | line | side | tokens/s | GB/s | of the bandwidth | to llama.cpp |")
+    print("|---|--:|---|---|--:|--:|--:|--:|")
     for row in rows:
         print(
             f"| {row['file']} | {row['threads']} | {row['line']} | {row['side']} | "
-            f"{row['tok_s']:.4g} | {row['bandwidth_share']:.0%} | {row['ratio']:.2f} |"
+            f"{row['tok_s']:.4g} | {row['gb_s']:.1f} | "
+            f"{row['bandwidth_share']:.0%} | {row['ratio']:.2f} |"
         )
 
 

@@ -33,7 +33,7 @@ class Gate(FakeRunner):
         super().__init__(config=tiny_config(context=4096), num_blocks=2048, **options)
         self.go = threading.Event()
         self.go.set()
-        self.problem: Exception | None = None
+        self.problem: BaseException | None = None
 
     def step(self, batch: Any, routing: Any = None) -> Any:
         assert self.go.wait(20)
@@ -164,6 +164,25 @@ def test_a_failing_step_fails_its_requests_only(service: Service, gate: Gate) ->
     gate.problem = None
     request = wanted((2, 3))
     assert asyncio.run(read(service, request)) == [expected(request)]
+
+
+def test_a_request_that_cannot_be_queued_fails_alone(service: Service) -> None:
+    def broken() -> Any:
+        raise RuntimeError("no grammar")
+
+    with pytest.raises(MachineError, match="no grammar"):
+        asyncio.run(read(service, Request((2,), LONG, constraint=broken)))
+    request = wanted((2, 3))
+    assert asyncio.run(read(service, request)) == [expected(request)]
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nobody_waits_for_a_thread_that_died(service: Service, gate: Gate) -> None:
+    gate.problem = SystemExit()  # nothing that a step should catch
+    with pytest.raises(ShuttingDownError):
+        asyncio.run(read(service, Request((2,), LONG)))
+    assert not service.accepting
+    service._engine.cancel(1)
 
 
 def test_a_receiver_that_fails_is_dropped(service: Service) -> None:

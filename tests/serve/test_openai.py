@@ -331,3 +331,39 @@ def test_limits(start: Callable[..., Server]) -> None:
         yield b': "a"}'
 
     assert httpx.post(url, content=slowly()).status_code == 408
+
+
+def test_a_body_needs_no_content_type(server: Server) -> None:
+    body = json.dumps({"prompt": "Once", "max_tokens": 2})
+    for kind in ({}, {"content-type": "application/x-www-form-urlencoded"}):
+        reply = httpx.post(f"{server.url}/v1/completions", content=body, headers=kind)
+        assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize(
+    ("origin", "host", "allowed"),
+    [
+        ("http://evil.example", None, False),
+        ("http://evil.example:8000", "evil.example:8000", False),  # a name that points here
+        ("null", None, False),
+        ("http://localhost:3000", None, True),
+        ("http://127.0.0.1:9", None, True),
+        ("http://192.0.2.7:8000", "192.0.2.7:8000", True),  # the server's own page
+        ("http://192.0.2.7:8000", "192.0.2.8:8000", False),
+        ("http://[", None, False),
+    ],
+)
+def test_which_pages_may_call(server: Server, origin: str, host: str | None, allowed: bool) -> None:
+    headers = {"origin": origin} | ({"host": host} if host else {})
+    reply = httpx.post(f"{server.url}/tokenize", content='{"prompt": "a"}', headers=headers)
+    assert reply.status_code == (200 if allowed else 403)
+
+
+def test_pages_that_are_listed_may_call(start: Callable[..., Server]) -> None:
+    url = f"{start(origins=('http://chat.example',), api_keys=('key',)).url}/v1/models"
+    refused = httpx.get(url, headers={"origin": "http://chat.example"})
+    assert refused.status_code == 401  # and the page can read why
+    assert refused.headers["access-control-allow-origin"] == "http://chat.example"
+    listed = {"origin": "http://chat.example", "authorization": "Bearer key"}
+    assert httpx.get(url, headers=listed).status_code == 200
+    assert httpx.get(url, headers=listed | {"origin": "http://evil.example"}).status_code == 403

@@ -118,12 +118,22 @@ def test_keys_from_a_file_and_the_environment(
     assert reply.json()["error"]["type"] == "authentication_error"
 
 
+def test_keys_that_are_no_text(start: Callable[..., Process], tmp_path: Path) -> None:
+    for content, message in ((b"\xff\xfe", "no text"), (b" \n", "no keys")):
+        keys = tmp_path / "keys"
+        keys.write_bytes(content)
+        server = start("--api-key-file", str(keys))
+        _, problem = server.process.communicate(timeout=60)
+        assert server.process.returncode == 2 and message in problem
+
+
 @pytest.mark.parametrize(
     ("arguments", "status", "message"),
     [
         (("--host", "no such host"), 2, "no address"),
         (("--tls-certificate", __file__), 2, "belong together"),
         (("--unix-socket", "/nowhere/at/all"), 4, "cannot be used"),
+        (("--tls-certificate", __file__, "--tls-key", __file__), 2, "for TLS"),
     ],
 )
 def test_what_cannot_be_served(

@@ -12,6 +12,9 @@ from earnest import env
 from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
+from earnest.files import read_bytes
+
+_MAX_KEYS_BYTES = 2**20
 
 EPILOG = """\b
 Examples:
@@ -79,7 +82,7 @@ def command(
     drain: float,
     allow_missing_correction_bias: bool,
 ) -> None:
-    """Serve MODEL over HTTP, with OpenAI's interface and others.
+    """Serve MODEL over HTTP, with the interfaces of OpenAI, Anthropic and Ollama.
 
     Many requests run at the same time; each gets what it would have got alone. Listens on this
     machine only, unless told otherwise. SIGTERM lets answers under way come to their end.
@@ -98,39 +101,39 @@ def command(
     keys = (*api_key, *env.api_keys(), *_keys_in(api_key_file))
     address = Address(host, port, unix_socket, tls_certificate, tls_key)
     listener = listen(address)
-    with progress_bar("opening") as progress:
-        opened = load(
-            model,
-            max_context=context,
-            threads=threads,
-            allow_missing_correction_bias=allow_missing_correction_bias,
-            progress=progress,
-            notice=notice,
+    try:
+        with progress_bar("opening") as progress:
+            opened = load(
+                model,
+                max_context=context,
+                threads=threads,
+                allow_missing_correction_bias=allow_missing_correction_bias,
+                progress=progress,
+                notice=notice,
+            )
+        served = Served(
+            opened,
+            name or Path(model).resolve().name.removesuffix(".gguf"),
+            api_keys=keys,
+            limits=Limits(waiting=max_waiting, request_seconds=timeout),
+            origins=cors,
         )
-    served = Served(
-        opened,
-        name or Path(model).name.removesuffix(".gguf"),
-        api_keys=keys,
-        limits=Limits(waiting=max_waiting, request_seconds=timeout),
-        origins=cors,
-    )
-    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    if unix_socket is None:
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+        if not keys and host not in ("127.0.0.1", "localhost", "::1") and unix_socket is None:
+            key = secrets.token_hex(8)
+            notice(f"anybody who reaches {host} may use it; --api-key {key} asks for a key")
         scheme = "https" if tls_certificate else "http"
         shown = f"[{host}]" if ":" in host else host
-        where = f"{scheme}://{shown}:{listener.getsockname()[1]}"
-    else:
         where = f"unix:{unix_socket}"
-    if not keys and host not in ("127.0.0.1", "localhost", "::1") and unix_socket is None:
-        key = secrets.token_hex(8)
-        notice(f"anybody who reaches {host} may use it; --api-key {key} asks for a key")
+        if unix_socket is None:
+            where = f"{scheme}://{shown}:{listener.getsockname()[1]}"
 
-    def ready() -> None:
-        out.print(f"serving {served.name} at {where} (Ctrl-C ends it)", markup=False)
+        def ready() -> None:
+            out.print(f"serving {served.name} at {where} (Ctrl-C ends it)", markup=False)
 
-    try:
         serve(served, listener, address, drain_seconds=drain, ready=ready)
     finally:
+        listener.close()
         if unix_socket is not None:
             unix_socket.unlink(missing_ok=True)
 
@@ -138,7 +141,11 @@ def command(
 def _keys_in(path: Path | None) -> tuple[str, ...]:
     if path is None:
         return ()
-    keys = tuple(line.strip() for line in path.read_text().splitlines() if line.strip())
+    try:
+        text = read_bytes(path, _MAX_KEYS_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} holds no text", expected="a key on each line") from error
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
     if not keys:
         raise UserError(f"{path} holds no keys", expected="one on each line")
     return keys

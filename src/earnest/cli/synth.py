@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from earnest.checkpoint.export import DTYPES
 from earnest.checkpoint.synth import synth, truncated
 from earnest.cli.terminal import (
     force_option,
@@ -44,8 +45,9 @@ Examples:
 )
 @click.option(
     "--codec",
-    type=click.Choice(list(RECIPES)),
-    help="Block types (as earnest quantize has them), for a packed folder or a .gguf file.",
+    type=click.Choice([*RECIPES, *DTYPES]),
+    help="Block types (as earnest quantize has them) or one plain type; for a packed folder or "
+    "a .gguf file.",
 )
 @click.option("--mtp", is_flag=True, help="Also write the multi-token-prediction block.")
 @force_option

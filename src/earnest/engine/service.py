@@ -207,28 +207,37 @@ class Service:
     # --- the engine's thread --------------------------------------------------------------------
 
     def _run(self) -> None:
-        while True:
+        try:
+            while self._turn():
+                pass
+        finally:  # also if the thread should die of a defect: nobody may wait for ever
             with self._wake:
-                while not (self._new or self._cancelled or self._closing or self._tickets):
-                    self._wake.notify_all()  # whoever waits for us to be done
-                    self._wake.wait()
-                if self._closing:
-                    break
-                new, self._new = self._new, deque()
-                cancelled, self._cancelled = self._cancelled, deque()
+                self._closing = True
             with self._lock:
-                for ticket in new:
-                    self._admit(ticket)
-                for ticket in cancelled:
-                    self._give_up(ticket)
-                self._expire()
-                results = self._step()
-                self._load = self._measured()
-            for number, event in results:
-                self._deliver(number, event)
+                for ticket in [*self._new, *{id(t): t for t, _ in self._tickets.values()}.values()]:
+                    self._fail(ticket, ShuttingDownError("the server was shut down"))
+
+    def _turn(self) -> bool:
+        """Wait for work and do one step of it; False when the service is closed."""
+        with self._wake:
+            while not (self._new or self._cancelled or self._closing or self._tickets):
+                self._wake.notify_all()  # whoever waits for us to be done
+                self._wake.wait()
+            if self._closing:
+                return False
+            new, self._new = self._new, deque()
+            cancelled, self._cancelled = self._cancelled, deque()
         with self._lock:
-            for ticket in [*self._new, *{id(t): t for t, _ in self._tickets.values()}.values()]:
-                self._fail(ticket, ShuttingDownError("the server was shut down"))
+            for ticket in new:
+                self._admit(ticket)
+            for ticket in cancelled:
+                self._give_up(ticket)
+            self._expire()
+            results = self._step()
+            self._load = self._measured()
+        for number, event in results:
+            self._deliver(number, event)
+        return True
 
     def _admit(self, ticket: Ticket) -> None:
         if ticket.ended:
@@ -240,16 +249,14 @@ class Service:
                 self._tickets[number] = ticket, which
         except EarnestError as error:
             self._fail(ticket, error)
+        except Exception as error:  # noqa: BLE001 - it is this request's; the others go on
+            self._fail(ticket, _unforeseen("a request could not be queued", error))
 
     def _step(self) -> list[tuple[int, Event]]:
         try:
             return self._engine.step()
         except Exception as error:  # noqa: BLE001 - whatever it is, the callers must hear of it
-            logger.exception("a step of the engine failed")
-            problem = MachineError(
-                f"a step of the engine failed: {type(error).__name__}: {error}",
-                remedy="see the server's log",
-            )
+            problem = _unforeseen("a step of the engine failed", error)
             for number in list(self._tickets):
                 self._engine.cancel(number)
             return [(number, problem) for number in self._tickets]
@@ -315,3 +322,9 @@ class Service:
         engine, pool = self._engine, self._engine.blocks
         used = 1 - pool.num_free / pool.num_blocks
         return Load(engine.num_running, engine.num_waiting, used, engine.counters)
+
+
+def _unforeseen(what: str, error: Exception) -> MachineError:
+    """For the caller; the log gets the whole of it."""
+    logger.error(what, exc_info=error)
+    return MachineError(f"{what}: {type(error).__name__}: {error}", remedy="see the server's log")

@@ -53,14 +53,14 @@ def create_app(served: Served) -> FastAPI:
     async def plainly(request: Request, error: HTTPException) -> Response:
         return error_response(request, ApiError(error.status_code, str(error.detail)))
 
-    if served.origins:
+    app.add_middleware(Gate, served=served)
+    if served.origins:  # outermost, so that pages can read refusals, too
         app.add_middleware(
             CORSMiddleware,
             allow_origins=list(served.origins),
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
         )
-    app.add_middleware(Gate, served=served)
     return app
 
 

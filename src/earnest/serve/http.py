@@ -9,7 +9,9 @@ import json
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
+from ipaddress import ip_address
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -45,6 +47,7 @@ _STATUS: tuple[tuple[type[EarnestError], int], ...] = (
 _KINDS = {
     400: "invalid_request_error",
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
     422: "invalid_request_error",
@@ -218,6 +221,10 @@ class Gate:
                 }
             await send(message)
 
+        # Unless told otherwise, curl calls every body a form, and few examples tell it. Here all
+        # are JSON; web pages, which must not be able to post forms, were dealt with above.
+        kept = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-type"]
+        scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
         await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), named)
 
@@ -226,6 +233,9 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return _too_large(limit)
+        origin = headers.get(b"origin", b"").decode("latin-1")
+        if origin and not self._may_call(origin, headers.get(b"host", b"").decode("latin-1")):
+            return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
         if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
             return None
         bearer = headers.get(b"authorization", b"")
@@ -236,6 +246,23 @@ class Gate:
         if any(known):
             return None
         return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
+
+    def _may_call(self, origin: str, host: str) -> bool:
+        """Whether a web page may: it is listed, of this machine, or the server's own.
+
+        A name in `host` proves nothing, since whoever owns the name can let it point here; an
+        address does.
+        """
+        if origin in self._served.origins or "*" in self._served.origins:
+            return True
+        name = ""
+        try:
+            page = urlsplit(origin)
+            name = page.hostname or ""
+            address = ip_address(name)
+        except ValueError:  # a name, or nothing at all
+            return name == "localhost"
+        return address.is_loopback or page.netloc == host
 
 
 class _Bounded:

@@ -6,6 +6,7 @@ import asyncio
 import errno
 import signal
 import socket
+import ssl
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -43,10 +44,19 @@ def listen(address: Address) -> socket.socket:
     """Take the address, so that it is known to be free before anything else is done.
 
     Raises:
-        UserError: it is no address.
+        UserError: it is no address, or certificate and key do not fit.
         MachineError: somebody else has it.
         AccessError: it may not be taken.
     """
+    if address.certificate is not None:
+        try:
+            ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(
+                address.certificate, address.key, lambda: ""
+            )
+        except (OSError, ssl.SSLError) as error:
+            raise UserError(
+                f"{address.certificate} and {address.key} cannot be used for TLS", got=error
+            ) from error
     if address.unix_socket is not None:
         return _listen_unix(address.unix_socket)
     try:
@@ -117,6 +127,7 @@ def serve(
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
         timeout_keep_alive=75,
+        http="h11",  # which bounds the size of headers
         h11_max_incomplete_event_size=2**16,
         server_header=False,
     )
