@@ -13,7 +13,7 @@ from earnest.errors import ChatUnsupportedError, PromptError
 from earnest.serve.blocks import Block, Blocks
 from earnest.serve.constraints import Banned, ThinkingBudget
 from earnest.serve.formats import Delta, Form, OutputParser, calls_schema, form_of, with_tools
-from earnest.serve.state import Served
+from earnest.serve.state import TENANT, Served
 
 Finish = Literal["stop", "length", "tool_calls"]
 MakeConstraint = Callable[[], Constraint]
@@ -31,7 +31,7 @@ class Ask:
         count: answers.
         parser: reads thoughts and calls out of the text; None: it is only text.
         constraint: what the text must follow.
-        salt: only requests of the same salt share computed prefixes.
+        salt: only requests of the same salt, and of the same tenant, share computed prefixes.
         priority: the lower, the sooner.
         one_call: end after the first call of a tool.
     """
@@ -118,7 +118,7 @@ async def answers(served: Served, ask: Ask) -> AsyncGenerator[Piece, None]:
             ask.prompt_ids,
             _seeded(ask.sampling, which),
             priority=ask.priority,
-            salt=ask.salt,
+            salt=TENANT.get() + ask.salt,
             constraint=ask.constraint,
         )
         for which in range(ask.count)

@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from ipaddress import ip_address
 from typing import Any, TypeVar
@@ -28,7 +28,7 @@ from earnest.errors import (
     UserError,
 )
 from earnest.log import logger
-from earnest.serve.state import Served
+from earnest.serve.state import TENANT, Served
 
 T = TypeVar("T")
 
@@ -45,14 +45,13 @@ _STATUS: tuple[tuple[type[EarnestError], int], ...] = (
     (TemplateError, 400),
 )
 _KINDS = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
-    422: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -80,7 +79,7 @@ def api_error(error: EarnestError) -> ApiError:
 
 def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, Any]:
     """An error in the words of the interface that `path` belongs to."""
-    kind = _KINDS.get(error.status, "api_error")
+    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     if path.startswith("/v1/messages"):
         body = {"type": "error", "error": {"type": kind, "message": error.message}}
         return body | {"request_id": request_id}
@@ -90,9 +89,13 @@ def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, An
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 
-def error_response(request: Request, error: ApiError) -> Response:
+def error_response(
+    request: Request, error: ApiError, headers: Mapping[str, str] | None = None
+) -> Response:
     """The error, and how to come again."""
-    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
+    headers = dict(headers or {})
+    if error.status in (429, 503):
+        headers["retry-after"] = "1"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     request_id = request.scope.get("request_id", "")
@@ -203,30 +206,34 @@ class Gate:
             return
         headers = {key.lower(): value for key, value in scope["headers"]}
         given = headers.get(b"x-request-id", b"").decode("latin-1")[:128]
-        scope["request_id"] = given if given.isprintable() and given else secrets.token_hex(16)
-        request = Request(scope)
-        problem = self._problem(scope, headers)
-        if problem is not None:
-            await error_response(request, problem)(scope, receive, send)
-            return
+        own = f"req_{secrets.token_hex(12)}"
+        scope["request_id"] = given if given.isprintable() and given else own
+        request_id = scope["request_id"].encode("latin-1", "replace")
+        names = [b"x-request-id"]
+        if scope["path"].startswith("/v1/messages"):
+            names.append(b"request-id")  # as Anthropic's clients know it
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {
-                    **message,
-                    "headers": [
-                        *message.get("headers", []),
-                        (b"x-request-id", scope["request_id"].encode("latin-1", "replace")),
-                    ],
-                }
+                own = [(name, request_id) for name in names]
+                message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
 
+        problem = self._problem(scope, headers)
+        if problem is not None:
+            await error_response(Request(scope), problem)(scope, receive, named)
+            return
         # Unless told otherwise, curl calls every body a form, and few examples tell it. Here all
         # are JSON; web pages, which must not be able to post forms, were dealt with above.
         kept = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-type"]
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
-        await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), named)
+        bounded = _Bounded(receive, limits.body_bytes, limits.body_seconds)
+        token = TENANT.set(_hashed(_key_of(headers))[:16] if self._keys else b"")
+        try:
+            await self._app(scope, bounded, named)
+        finally:
+            TENANT.reset(token)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         limit = self._served.limits.body_bytes
@@ -238,11 +245,10 @@ class Gate:
             return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
         if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
             return None
-        bearer = headers.get(b"authorization", b"")
-        key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
         # All are compared, each in constant time: neither which key nor how much of it was right
         # shows in how long it takes.
-        known = [hmac.compare_digest(_hashed(key.decode("latin-1").strip()), k) for k in self._keys]
+        key = _hashed(_key_of(headers))
+        known = [hmac.compare_digest(key, k) for k in self._keys]
         if any(known):
             return None
         return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
@@ -292,6 +298,12 @@ class _Bounded:
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request is too large: at most {limit:,} bytes are taken")
+
+
+def _key_of(headers: Mapping[bytes, bytes]) -> str:
+    bearer = headers.get(b"authorization", b"")
+    key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
+    return key.decode("latin-1").strip()
 
 
 def _hashed(key: str) -> bytes:
