@@ -1,84 +1,20 @@
-"""The chat page in a real browser: what a reader does, and what a model must not be able to do."""
+"""The chat page in a real browser: what a reader does with it."""
 
 from __future__ import annotations
 
 import json
 import re
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from browsing import STORY, Visits, expect, expected_to_fail, replies, say
 from running import Server
 
 from earnest.runners.reference.runner import ReferenceRunner
-
-_BROWSERS = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_BROWSER = next(filter(None, map(shutil.which, _BROWSERS)), None)
-if _BROWSER is None:
-    pytest.skip("no Chromium here; apt-get install chromium", allow_module_level=True)
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-expect = sync_api.expect
-
-STORY = "Tell me a story."
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=_BROWSER)
-        yield opened
-        opened.close()
-
-
-@dataclass
-class Visits:
-    """Pages that are watched: nothing may fail, nothing may leave the server."""
-
-    browser: Any
-    problems: list[str] = field(default_factory=list)
-    contexts: list[Any] = field(default_factory=list)
-
-    def __call__(
-        self, server: Server, path: str = "/", *, max_tokens: int | None = None, **options: Any
-    ) -> Any:
-        context = self.browser.new_context(**options)
-        if max_tokens is not None:
-            sampling = json.dumps(json.dumps({"max_tokens": max_tokens}))
-            context.add_init_script(f"localStorage.setItem('earnest.sampling', {sampling})")
-        context.set_default_timeout(10_000)
-        self.contexts.append(context)
-        return self.page(context, server, path)
-
-    def page(self, context: Any, server: Server, path: str = "/") -> Any:
-        page = context.new_page()
-        page.on("pageerror", lambda error: self.problems.append(str(error)))
-        page.on("console", self._said)
-        page.on(
-            "request",
-            lambda r: r.url.startswith((server.url, "blob:")) or self.problems.append(r.url),
-        )
-        page.goto(server.url + path)
-        expect(page.locator("html[data-ready]")).to_be_attached()
-        return page
-
-    def _said(self, message: Any) -> None:
-        if message.type in ("error", "warning"):
-            self.problems.append(message.text)
-
-
-@pytest.fixture
-def visit(browser: Any) -> Iterator[Visits]:
-    expect.set_options(timeout=10_000)
-    visits = Visits(browser)
-    yield visits
-    for context in visits.contexts:
-        context.close()
-    assert visits.problems == []
 
 
 @pytest.fixture
@@ -91,48 +27,6 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
         return step(self, *arguments)
 
     monkeypatch.setattr(ReferenceRunner, "step", slow)
-
-
-def say(page: Any, text: str = STORY, *, wait: bool = True) -> Any:
-    """Send a message; its answer."""
-    page.fill("#prompt", text)
-    page.press("#prompt", "Enter")
-    expect(page.locator(".user .body").last).to_have_text(text)
-    answer = page.locator(".message.assistant").last
-    if wait:
-        expect(answer).not_to_have_class(re.compile("running"))
-    return answer
-
-
-def replies(page: Any, *answers: Any, status: int = 200) -> list[Any]:
-    """Let a made-up endpoint answer, in turn; the bodies it was sent."""
-    asked: list[Any] = []
-
-    def answer(route: Any) -> None:
-        asked.append(json.loads(route.request.post_data))
-        given = answers[min(len(asked), len(answers)) - 1]
-        if status != 200 or isinstance(given, dict):
-            route.fulfill(status=status, json=given)
-            return
-        deltas = [{"content": given}] if isinstance(given, str) else given
-        events: list[Any] = [{"choices": [{"index": 0, "delta": delta}]} for delta in deltas]
-        events.append({"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]})
-        body = "".join(f"data: {json.dumps(event)}\n\n" for event in events) + "data: [DONE]\n\n"
-        route.fulfill(content_type="text/event-stream", body=body)
-
-    page.route("**/v1/chat/completions", answer)
-    return asked
-
-
-def markdown(page: Any, text: str) -> str:
-    """What the page's own renderer makes of a text."""
-    script = """async (text) => {
-        const { show } = await import("/web/markdown.js");
-        const into = document.createElement("div");
-        show(into, text);
-        return into.innerHTML.replace(/<figcaption>.*?<\\/figcaption>/gs, "");
-    }"""
-    return str(page.evaluate(script, text))
 
 
 # --- the files ------------------------------------------------------------------------------------
@@ -356,148 +250,6 @@ def test_thinking_can_be_asked_for(visit: Visits, server: Server) -> None:
     expect(answer.locator(".stats")).to_contain_text("cut off at the token limit")
 
 
-HOSTILE = """\
-<img src=x onerror="window.hacked=1"><script>window.hacked=1</script>
-<iframe src="javascript:window.hacked=1"></iframe>
-
-[one](javascript:window.hacked=1) [two](JaVaScRiPt:window.hacked=1) [three](data:text/html,x)
-[four]( java\tscript:window.hacked=1) <javascript:window.hacked=1> [five](//evil.example/a)
-![picture](https://evil.example/a.png "x" onload=window.hacked=1) <https://good.example/?a&b>
-
-```html" onmouseover="window.hacked=1
-<script>window.hacked=1</script>
-```
-
-| <img src=x onerror=window.hacked=1> | b |
-|---|---|
-| `<b>` | &lt;script&gt; |
-"""
-
-
-def test_what_a_model_writes_is_only_text(visit: Visits, server: Server) -> None:
-    page = visit(server)
-    replies(page, [{"reasoning_content": HOSTILE}, {"content": HOSTILE}])
-    answer = say(page, "<img src=x onerror=window.hacked=1>")
-    answer.locator("summary").click()
-    assert page.evaluate("window.hacked") is None
-    expect(page.locator("#messages :is(img, script, iframe, object, style)")).to_have_count(0)
-    expect(answer.locator("pre code")).to_have_text("<script>window.hacked=1</script>")
-    expect(answer.locator("td").first).to_have_text("<b>")
-    links = answer.locator("a").evaluate_all("all => all.map(a => [a.href, a.target, a.rel])")
-    assert links == [
-        [address, "_blank", "noopener noreferrer nofollow"]
-        for address in ("https://evil.example/a.png", "https://good.example/?a&b")
-    ]
-    handlers = """all => all.flatMap(e => [...e.attributes]).map(a => a.name)
-                     .filter(name => name.startsWith("on") || name === "style")"""
-    assert page.locator("#messages *").evaluate_all(handlers) == []
-    for link in answer.locator(".refused").all():
-        link.click()
-    assert page.evaluate("window.hacked") is None
-    # And the policy holds, should the page ever make a mistake.
-    blocked = page.evaluate(
-        """() => { try { document.body.innerHTML = "<b>x</b>"; return "set"; }
-                   catch (error) { return error.name; } }"""
-    )
-    assert blocked == "TypeError"
-    visit.problems = [said for said in visit.problems if "TrustedHTML" not in said]
-
-
-MARKDOWN = {
-    "plain *em* **strong** ***both*** ~~gone~~ `a*b`": "<p>plain <em>em</em> "
-    "<strong>strong</strong> <em><strong>both</strong></em> <del>gone</del> <code>a*b</code></p>",
-    "snake_case_name and 2 * 3 * 4 \\*no\\*": "<p>snake_case_name and 2 * 3 * 4 *no*</p>",
-    "**a *b* c**": "<p><strong>a <em>b</em> c</strong></p>",
-    "*open **never": "<p>*open **never</p>",
-    "# One\n## Two ##\ntext\nmore": "<h3>One</h3><h4>Two</h4><p>text<br>more</p>",
-    "- a\n- b\n  - c\n    1. d": "<ul><li>a</li><li>b<ul><li>c<ol><li>d</li></ol></li></ul>"
-    "</li></ul>",
-    "- [x] a\n- [ ] b": '<ul><li class="task"><input type="checkbox" disabled="" aria-label="done">'
-    'a</li><li class="task"><input type="checkbox" disabled="" aria-label="to do">b</li></ul>',
-    "3. a\n\n4. b": '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>',
-    "1. a\n   ```py\n   x = 1\n\n   y\n   ```\n2. b": '<ol><li>a<figure class="code">'
-    '<pre tabindex="0"><code>x = 1\n\ny</code></pre></figure></li><li>b</li></ol>',
-    "> a\n> > b\n\n---": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><hr>",
-    "```\nnot *em*\n": '<figure class="code"><pre tabindex="0"><code>not *em*\n</code></pre>'
-    "</figure>",
-    "| a | b |\n|:--|--:|\n| 1 \\| 2 | *x* |": '<div class="table" tabindex="0" role="group" '
-    'aria-label="Table"><table><thead><tr><th>a</th><th class="right">b</th></tr></thead>'
-    '<tbody><tr><td>1 | 2</td><td class="right"><em>x</em></td></tr></tbody></table></div>',
-    "$$a_1 * b_2 * c$$ and \\(x_i\\)": '<p><span class="math">a_1 * b_2 * c</span> and '
-    '<span class="math">x_i</span></p>',
-    "[a](b) ![p](q) [c]": '<p><span class="refused" title="This address is not shown as a link">a'
-    '</span> <span class="refused" title="This address is not shown as a link">Picture: p</span> '
-    "[c]</p>",
-    "see http://a.example/x_(y)_z. <br> &amp; &copy;": '<p>see <a href="http://a.example/x_(y)_z" '
-    'target="_blank" rel="noopener noreferrer nofollow" title="http://a.example/x_(y)_z">'
-    "http://a.example/x_(y)_z</a>. <br> &amp; &amp;copy;</p>",
-    "a | b\nis no table": "<p>a | b<br>is no table</p>",
-}
-
-
-def test_markdown(visit: Visits, server: Server) -> None:
-    page = visit(server)
-    for text, expected in MARKDOWN.items():
-        assert markdown(page, text) == expected
-    linked = markdown(page, '[*x*](https://a.example/ "t")')
-    assert re.fullmatch(r'<p><a href="https://a.example/" [^>]*><em>x</em></a></p>', linked)
-
-
-def test_markdown_of_a_stream_is_that_of_the_whole(visit: Visits, server: Server) -> None:
-    page = visit(server)
-    text = "\n\n".join(MARKDOWN) + HOSTILE
-    script = """async (text) => {
-        const { show } = await import("/web/markdown.js");
-        const [grown, whole] = [document.createElement("div"), document.createElement("div")];
-        for (let end = 0; end < text.length; end += 3) show(grown, text.slice(0, end));
-        const first = grown.firstChild;
-        show(grown, text);
-        show(whole, text);
-        return [grown.innerHTML === whole.innerHTML, first === grown.firstChild];
-    }"""
-    assert page.evaluate(script, text) == [True, True]
-
-
-def test_markdown_that_wants_to_take_forever(visit: Visits, server: Server) -> None:
-    page = visit(server)
-    hostile = [
-        *(
-            "*a " * 20_000,
-            "**a*" * 20_000,
-            "[" * 50_000,
-            "[a](" * 20_000,
-            "`" * 300 + "` ``" * 9_000,
-        ),
-        *(">" * 20_000, "- " * 5_000, "\\(" * 20_000, "$$" * 20_001, "_*~~" * 20_000, "<" * 50_000),
-        *(
-            "|" * 20_000 + "\n" + "|-" * 20_000,
-            "#" * 50_000,
-            "\n".join(" " * i + "- a" for i in range(300)),
-        ),
-        *(
-            "[http://a" * 10_000,
-            "&" * 50_000,
-            "* " * 20_000 + "x",
-            "![a](b" * 10_000,
-            "a\n|-\n" * 5_000,
-        ),
-    ]
-    script = """async (text) => {
-        const { show } = await import("/web/markdown.js");
-        const into = document.createElement("div");
-        show(into, text);
-        let deepest = 0;
-        for (const leaf of into.querySelectorAll("*")) {
-            let depth = 0;
-            for (let node = leaf; node !== into && depth < 100; node = node.parentNode) depth++;
-            deepest = Math.max(deepest, depth);
-        }
-        return deepest;
-    }"""
-    for text in hostile:  # each takes minutes where anything is quadratic
-        assert page.evaluate(script, text) < 60
-
-
 def test_code_can_be_copied(visit: Visits, server: Server) -> None:
     page = visit(server, permissions=["clipboard-read", "clipboard-write"])
     replies(page, "Here:\n\n```python\nprint('a')\n```\n")
@@ -608,12 +360,6 @@ def test_a_base_model_continues_text(
 
 
 # --- when things go wrong -------------------------------------------------------------------------
-
-
-def expected_to_fail(visit: Visits, *statuses: int) -> None:
-    """The browser itself reports such answers; nothing else may be said."""
-    said = [f"status of {status} " for status in statuses]
-    visit.problems = [p for p in visit.problems if not any(one in p for one in said)]
 
 
 def test_a_key_is_asked_for_and_a_wrong_one_refused(
