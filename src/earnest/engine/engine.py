@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -53,7 +53,9 @@ class Counters:
         prompt_tokens: of the requests admitted.
         cached_tokens: of those, found in remembered blocks.
         generated_tokens: tokens chosen.
-        drafted_tokens, accepted_tokens: guesses made, and those that were right.
+        drafts: times that a sequence's next tokens were guessed.
+        drafted_tokens, accepted_tokens: guesses run, and those that were right.
+        accepted_at: of those, how many came first, second, ... in their draft.
         preemptions: sequences that had to give their blocks back.
     """
 
@@ -61,8 +63,10 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
     preemptions: int = 0
 
 
@@ -279,7 +283,7 @@ class Engine:
                 self._end(part.sequence)
                 results.append((part.sequence.id, error))
         if self._speculation is not None:
-            self._speculation.stepped(len(results))
+            self._speculation.stepped()
         return results
 
     def _count_prompt(self, sequence: sequences.Sequence) -> None:
@@ -309,21 +313,31 @@ class Engine:
             (*part.drafts, None), rows_RV[len(rows_RV) - 1 - len(part.drafts) :], strict=True
         ):
             events.append(self._chosen(sequence, logits_V))
-            if events[-1].finish_reason is not None:
-                self._guessed(part, len(events) - 1)
-                self._end(sequence)
-                return events
-            if events[-1].token_id != guess:
+            if events[-1].finish_reason is not None or events[-1].token_id != guess:
                 break
-        self._guessed(part, len(events) - 1)
-        self._scheduler.computed(sequence, known + len(events) - 1)
+        if self._speculation is not None:
+            chosen = sequence.tokens[len(sequence.tokens) - len(events) :]
+            self._speculation.came(sequence.id, chosen)
+            self._count_guesses(part.drafts, chosen)
+        if events[-1].finish_reason is not None:
+            self._end(sequence)
+        else:
+            self._scheduler.computed(sequence, known + len(events) - 1)
         return events
 
-    def _guessed(self, part: Part, right: int) -> None:
-        if self._speculation is not None and part.drafts:
-            self._speculation.checked(len(part.drafts), right)
-            self.counters.drafted_tokens += len(part.drafts)
-            self.counters.accepted_tokens += right
+    def _count_guesses(self, drafts: tuple[int, ...], chosen: list[int]) -> None:
+        if not drafts:
+            return
+        counters = self.counters
+        counters.drafts += 1
+        counters.drafted_tokens += len(drafts)
+        for index, (guess, token) in enumerate(zip(drafts, chosen, strict=False)):
+            if guess != token:
+                break
+            counters.accepted_tokens += 1
+            if index == len(counters.accepted_at):
+                counters.accepted_at.append(0)
+            counters.accepted_at[index] += 1
 
     def _chosen(self, sequence: sequences.Sequence, logits_V: Float32) -> TokenEvent:
         """Choose the next token of a sequence."""

@@ -111,6 +111,9 @@ class Scheduler:
         for sequence in order:
             if sequence.writing and sequence.id in self._running:
                 drafts = guesses.get(sequence.id, ())
+                positions = sequence.computed + 1 + len(drafts)
+                if self._missing(sequence, positions) > self._blocks.num_free:
+                    drafts = ()  # nobody is put off for a guess
                 tokens = [sequence.tokens[-1], *drafts]
                 if self._grow(sequence, sequence.computed + len(tokens)):
                     part = Slice(tokens, sequence.computed, sequence.blocks, len(tokens))
@@ -208,7 +211,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, positions: int) -> bool:
         """Blocks for so many positions, taken from whoever comes last; False if that is itself."""
-        missing = blocks_for(positions, self._block_size) - len(sequence.blocks)
+        missing = self._missing(sequence, positions)
         if missing <= 0:
             return True
         while (fresh := self._blocks.allocate(missing)) is None:
@@ -218,6 +221,9 @@ class Scheduler:
                 return False
         sequence.blocks.extend(fresh)
         return True
+
+    def _missing(self, sequence: Sequence, positions: int) -> int:
+        return blocks_for(positions, self._block_size) - len(sequence.blocks)
 
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.id]
