@@ -18,6 +18,7 @@ from earnest.serve import (
     openai_chat,
     openai_completions,
     openai_responses,
+    page,
     plain,
 )
 from earnest.serve.http import ApiError, Gate, api_error, error_response
@@ -36,6 +37,7 @@ def create_app(served: Served) -> FastAPI:
         *(ollama, ollama_models, plain),
     ):
         app.include_router(part.router(served))
+    app.include_router(page.router())
 
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:

@@ -181,6 +181,8 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
 
 # What can be asked without a key: whether the server is there, and the page that asks for the key.
 _OPEN = ("/", "/health", "/ready", "/favicon.ico")
+# Where the scripts and styles of that page are.
+PAGE_PARTS = "/web/"
 
 
 class Gate:
@@ -236,7 +238,10 @@ class Gate:
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and not self._may_call(origin, headers.get(b"host", b"").decode("latin-1")):
             return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
-        if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+        path = scope["path"]
+        if path in _OPEN or path.startswith(PAGE_PARTS):
+            return None
+        if not self._keys or scope["method"] == "OPTIONS":
             return None
         bearer = headers.get(b"authorization", b"")
         key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
