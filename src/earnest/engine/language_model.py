@@ -29,6 +29,7 @@ from earnest.engine.request import (
     SamplingParams,
     TokenEvent,
 )
+from earnest.engine.speculation import Speculation, SpeculationName, speculation_of
 from earnest.errors import (
     ChatUnsupportedError,
     EarnestError,
@@ -71,6 +72,7 @@ def load(
     kv: KvType | None = None,
     activation_bits: Literal[8, 15] | None = None,
     lock: bool = False,
+    speculation: SpeculationName | None = "prompt",
     allow_missing_correction_bias: bool = False,
     progress: Progress = silent,
     notice: Notice = logger.warning,
@@ -91,6 +93,9 @@ def load(
             reference and a warning.
         threads, kv, activation_bits, lock: of the native runner, by default its own; see
             `NativeRunner`. The reference has no such choices: its keys and values are float32.
+        speculation: "prompt" guesses, from where the text repeats itself, several tokens at once,
+            while that brings more tokens a second; they are the same tokens as with None. Only
+            with the native runner: the reference's sums depend on how many tokens a step has.
         allow_missing_correction_bias: open a mixture of experts without its correction bias.
         progress: told how far fetching a built-in model and packing its weights are.
         notice: told, a sentence at a time, what a careful reader should know.
@@ -101,6 +106,7 @@ def load(
         UserError: an argument is out of range, there is no such runner, or it has no such option.
     """
     is_native = _is_native(runner, threads, kv, activation_bits, lock or None)
+    guessing = speculation_of(speculation)
     # A `Path` is never a built-in name, whatever it is called.
     name = model if isinstance(model, str) else str(model.absolute())
     path = hub.locate(name, progress=progress, notice=notice)
@@ -136,7 +142,13 @@ def load(
         chosen = ReferenceRunner(
             checkpoint, num_blocks=num_blocks, block_size=BLOCK_SIZE, memory_budget=budget
         )
-    return LanguageModel(checkpoint, chosen, max_context=context, notice=notice)
+    return LanguageModel(
+        checkpoint,
+        chosen,
+        max_context=context,
+        speculation=guessing if is_native else None,
+        notice=notice,
+    )
 
 
 def _is_native(runner: RunnerName, *options: object) -> bool:
@@ -187,6 +199,7 @@ class LanguageModel:
         checkpoint: the model's files.
         runner: what runs them; the object owns all its KV blocks.
         max_context: positions a sequence may have; at most what model and blocks allow.
+        speculation: guesses several tokens at once; None: nobody does.
         notice: told what a careful reader should know.
     """
 
@@ -196,6 +209,7 @@ class LanguageModel:
         runner: Runner,
         *,
         max_context: int | None = None,
+        speculation: Speculation | None = None,
         notice: Notice = logger.warning,
     ) -> None:
         self.checkpoint = checkpoint
@@ -210,6 +224,7 @@ class LanguageModel:
             tokenizer,
             eos_ids=end_of_text_ids(checkpoint, tokenizer),
             max_context=max_context,
+            speculation=speculation,
         )
         # Events that arrived while another stream was being read, by request.
         self._arrived: dict[int, deque[tuple[float, TokenEvent | EarnestError]]] = {}
