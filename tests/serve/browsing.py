@@ -29,7 +29,7 @@ class Visits:
     contexts: list[Any] = field(default_factory=list)
 
     def __call__(
-        self, server: Server, path: str = "/", *, max_tokens: int | None = None, **options: Any
+        self, server: Server, *, max_tokens: int | None = None, host: str = "", **options: Any
     ) -> Any:
         context = self.browser.new_context(**options)
         if max_tokens is not None:
@@ -37,17 +37,18 @@ class Visits:
             context.add_init_script(f"localStorage.setItem('earnest.sampling', {sampling})")
         context.set_default_timeout(10_000)
         self.contexts.append(context)
-        return self.page(context, server, path)
+        return self.page(context, f"http://{host}:{server.port}" if host else server.url)
 
-    def page(self, context: Any, server: Server, path: str = "/") -> Any:
+    def page(self, context: Any, url: str) -> Any:
+        """One more window of the same browser."""
         page = context.new_page()
         page.on("pageerror", lambda error: self.problems.append(str(error)))
         page.on("console", self._said)
         page.on(
             "request",
-            lambda r: r.url.startswith((server.url, "blob:")) or self.problems.append(r.url),
+            lambda r: r.url.startswith((url, f"blob:{url}")) or self.problems.append(r.url),
         )
-        page.goto(server.url + path)
+        page.goto(url)
         expect(page.locator("html[data-ready]")).to_be_attached()
         return page
 

@@ -67,7 +67,9 @@ def browser() -> Iterator[Any]:
         pytest.skip("no Chromium here; on Debian: apt-get install chromium")
     api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=path)
+        opened = playwright.chromium.launch(
+            executable_path=path, args=["--host-resolver-rules=MAP chat.test 127.0.0.1"]
+        )
         yield opened
         opened.close()
 

@@ -81,7 +81,8 @@ MARKDOWN = {
     'a</li><li class="task"><input type="checkbox" disabled="" aria-label="to do">b</li></ul>',
     "3. a\n\n4. b": '<ol start="3"><li><p>a</p></li><li><p>b</p></li></ol>',
     "1. a\n   ```py\n   x = 1\n\n   y\n   ```\n2. b": '<ol><li>a<figure class="code">'
-    '<pre tabindex="0"><code>x = 1\n\ny</code></pre></figure></li><li>b</li></ol>',
+    '<pre tabindex="0"><code>x = <span class="number">1</span>\n\ny</code></pre></figure></li>'
+    "<li>b</li></ol>",
     "> a\n> > b\n\n---": "<blockquote><p>a</p><blockquote><p>b</p></blockquote></blockquote><hr>",
     "```\nnot *em*\n": '<figure class="code"><pre tabindex="0"><code>not *em*\n</code></pre>'
     "</figure>",
@@ -106,6 +107,33 @@ def test_markdown(visit: Visits, server: Server) -> None:
         assert markdown(page, text) == expected
     linked = markdown(page, '[*x*](https://a.example/ "t")')
     assert re.fullmatch(r'<p><a href="https://a.example/" [^>]*><em>x</em></a></p>', linked)
+
+
+CODE = {
+    ("py", "def f(x):  # \"no\"\n    return \"a\\\"#\" + '''b\nc'''"): [
+        *(["word", "def"], ["comment", '# "no"'], ["word", "return"], ["text", '"a\\"#"']),
+        ["text", "'''b\nc'''"],
+    ],
+    ("JS", "const a1 = 0x1f + 2.5e3; /* if\n*/ `x ${if}` // end"): [
+        *(["word", "const"], ["number", "0x1f"], ["number", "2.5e3"], ["comment", "/* if\n*/"]),
+        *(["text", "`x ${if}`"], ["comment", "// end"]),
+    ],
+    ("sql", "SELECT a -- b"): [["word", "SELECT"], ["comment", "-- b"]],
+    ("constructor", "if 1"): [],
+    ("", "if 1"): [],
+}
+
+
+def test_code_is_coloured(visit: Visits, server: Server) -> None:
+    page = visit(server)
+    script = """async ([text, name]) => {
+        const { coloured } = await import("/web/highlight.js");
+        const into = document.createElement("code");
+        into.append(...coloured(text, name));
+        return [into.textContent, [...into.children].map(e => [e.className, e.textContent])];
+    }"""
+    for (name, text), expected in CODE.items():
+        assert page.evaluate(script, [text, name]) == [text, expected]
 
 
 def test_markdown_of_a_stream_is_that_of_the_whole(visit: Visits, server: Server) -> None:

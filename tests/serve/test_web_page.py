@@ -203,7 +203,7 @@ def test_conversations_last_and_can_be_managed(visit: Visits, server: Server) ->
 
 def test_two_windows_show_the_same_list(visit: Visits, server: Server) -> None:
     one = visit(server)
-    other = visit.page(visit.contexts[0], server)
+    other = visit.page(visit.contexts[0], server.url)
     replies(one, "Yes.")
     say(one, "Is water wet?")
     expect(other.locator(".entry .row")).to_have_text(["Is water wet?"])
@@ -367,12 +367,13 @@ def test_a_key_is_asked_for_and_a_wrong_one_refused(
 ) -> None:
     server = start(api_keys=("right",))
     page = visit(server)
+    expect(page.locator("#key")).to_contain_text("This server asks for an API key.")
+    page.get_by_role("button", name="Cancel").click()
     expect(page.locator("#banner")).to_contain_text("This server asks for an API key.")
     page.get_by_role("button", name="Enter the key").click()
     page.fill("#key-field", "wrong")
     page.keyboard.press("Enter")
-    expect(page.locator("#banner")).to_contain_text("The server does not accept this API key.")
-    page.get_by_role("button", name="Enter the key").click()
+    expect(page.locator("#key")).to_contain_text("The server does not accept this API key.")
     page.fill("#key-field", "right")
     page.keyboard.press("Enter")
     expect(page.locator("#model-name")).to_have_text("stories")
@@ -382,6 +383,27 @@ def test_a_key_is_asked_for_and_a_wrong_one_refused(
     expect(page.locator("#model-name")).to_have_text("stories")
     assert page.evaluate("JSON.stringify(localStorage)").count("right") == 0
     expected_to_fail(visit, 401)
+
+
+def test_under_a_name_that_may_not_call(visit: Visits, server: Server) -> None:
+    page = visit(server, host="chat.test")
+    shown = f"Start it with --cors http://chat.test:{server.port}, or open"
+    expect(page.locator("#banner")).to_contain_text(shown)
+    expected_to_fail(visit, 403)
+
+
+def test_without_what_only_safe_origins_have(visit: Visits, start: Callable[..., Server]) -> None:
+    page = visit(start(origins=("*",)), host="chat.test")  # plain http, not of this machine
+    assert not page.evaluate("isSecureContext")
+    replies(page, "Yes.")
+    answer = say(page)
+    answer.get_by_label("Copy").click()
+    expect(page.locator("#announcer")).to_have_text("Copied")
+    page.reload()
+    expect(page.locator(".assistant .body")).to_have_text("Yes.")
+    page.fill("#prompt", "")
+    page.keyboard.press("Control+v")
+    expect(page.locator("#prompt")).to_have_value("Yes.")
 
 
 REFUSALS = (

@@ -235,13 +235,13 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return _too_large(limit)
+        path = scope["path"]
+        if path.startswith(PAGE_PARTS):  # browsers fetch scripts with an origin, even their own
+            return None
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and not self._may_call(origin, headers.get(b"host", b"").decode("latin-1")):
             return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
-        path = scope["path"]
-        if path in _OPEN or path.startswith(PAGE_PARTS):
-            return None
-        if not self._keys or scope["method"] == "OPTIONS":
+        if not self._keys or path in _OPEN or scope["method"] == "OPTIONS":
             return None
         bearer = headers.get(b"authorization", b"")
         key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")

@@ -30,7 +30,7 @@ export function setApiKey(value, keep) {
 
 /**
  * Something went wrong, in words for the reader.
- * `kind`: "key", "unreachable", "broken", "busy", "long", "settings" or "other".
+ * `kind`: "key", "address", "unreachable", "broken", "busy", "long", "settings" or "other".
  */
 export class Failure extends Error {
   constructor(kind, title, remedy = "", said = "") {
@@ -95,7 +95,7 @@ export function explained(status, body, withKey = true) {
         : new Failure("key", "This server asks for an API key.", "Whoever runs it can give you one.");
     case 403:
       return new Failure(
-        "other",
+        "address",
         "The server takes no calls from a page of this address.",
         `Start it with --cors ${location.origin}, or open the page by the server's IP address or as localhost.`,
         text,
@@ -131,8 +131,8 @@ export async function served() {
     try {
       return await (await call(path, { body })).json();
     } catch (error) {
-      if (error instanceof Failure && error.kind !== "unreachable") return null;
-      throw error;
+      if (["unreachable", "address"].includes(error.kind)) throw error;
+      return null;
     }
   };
   const [facts, version] = await Promise.all([ask("api/show", { model: model.id }), ask("version")]);

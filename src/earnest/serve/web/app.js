@@ -45,7 +45,9 @@ async function connect() {
   } catch (error) {
     served = null;
     showState();
-    showBanner(error instanceof Failure ? error : new Failure("other", "The page failed.", "Reload it."));
+    const failure = error instanceof Failure ? error : new Failure("other", "The page failed.", "Reload it.");
+    showBanner(failure);
+    if (failure.kind === "key") enterKey(failure);
     return false;
   }
   if (!conversation.leaf) conversation.kind = served.chats ? "chat" : "text";
@@ -64,16 +66,16 @@ function showBanner(failure) {
       el(
         "p",
         { class: "buttons" },
-        ...(failure.kind === "key" ? [button("Enter the key", enterKey)] : []),
+        ...(failure.kind === "key" ? [button("Enter the key", () => enterKey(failure))] : []),
         button("Try again", connect),
       ),
     ),
   );
 }
 
-function enterKey() {
+function enterKey(failure = null) {
   byId("settings").close();
-  askKey("It goes to this server only, with every call.", connect);
+  askKey(failure ? `${failure.title} ${failure.remedy}` : "It goes to this server only, with every call.", connect);
 }
 
 // --- what is shown --------------------------------------------------------------------------------
@@ -103,7 +105,7 @@ function showState() {
 function showMessages() {
   const path = pathOf(conversation);
   const notes = [];
-  if (conversation.kind === "text" && served && !served.chats) notes.push(baseNote());
+  if (served && !served.chats) notes.push(baseNote());
   if (path.length === 0) notes.unshift(welcome());
   byId("welcome").replaceChildren(...notes);
   byId("welcome").hidden = notes.length === 0;
@@ -135,7 +137,10 @@ function baseNote() {
     "p",
     { class: "base-note" },
     el("strong", { text: "This is a Base model." }),
-    " It has no chat template: it does not answer, it continues what you write. Write the beginning of a text.",
+    " It has no chat template: it does not answer, it continues what you write. ",
+    conversation.kind === "text"
+      ? "Write the beginning of a text."
+      : el("button", { type: "button", class: "link", text: "Begin a text", on: { click: startNew } }),
   );
 }
 
@@ -285,7 +290,7 @@ async function answer(parent) {
     paint();
     showState();
   }
-  if (node.problem?.kind === "key" && mine === conversation) enterKey();
+  if (node.problem?.kind === "key" && mine === conversation) enterKey(node.problem);
   announce({ done: "The answer is complete", stopped: "Stopped", failed: "The answer failed" }[node.state]);
   await showList();
 }
@@ -315,7 +320,7 @@ function showSettings() {
       if (!answers.has(conversation.id)) showMessages();
     },
     onChange: showState,
-    onKey: enterKey,
+    onKey: () => enterKey(),
     exportAll: async () =>
       download("earnest-conversations.json", "application/json", JSON.stringify(await store.all(), null, 1)),
     deleteAll: async () => {

@@ -3,6 +3,7 @@
 // and pictures become links. All of it takes linear time and bounded depth, whatever the text is.
 
 import { copyButton, el } from "./dom.js";
+import { coloured } from "./highlight.js";
 
 const DEEPEST = 10; // lists and quotes inside each other
 const MOST_OPEN = 40; // emphasis inside each other
@@ -125,7 +126,7 @@ function codeBlock(text, language) {
       el("span", { text: language || "text" }),
       copyButton("Copy code", () => text),
     ),
-    el("pre", { tabindex: "0" }, el("code", { text })),
+    el("pre", { tabindex: "0" }, el("code", {}, ...coloured(text, language))),
   );
 }
 

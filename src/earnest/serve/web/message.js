@@ -99,13 +99,13 @@ export class MessageView {
     if (this.versions.length > 1) buttons.push(this.#versions());
     if (node.content) buttons.push(copyButton("Copy", () => node.content));
     if (node.role === "user") buttons.push(iconButton("edit", "Edit", () => this.edit()));
-    else {
+    else if (node.content || node.reasoning || node.state !== "failed") {
       buttons.push(iconButton("again", this.kind === "chat" ? "Regenerate" : "Write this again", () => acts.regenerate(node)));
-      if (node.tokens?.length > 0) {
-        buttons.push(
-          iconButton("chance", "Token probabilities", () => this.#toggleTokens(), { "aria-pressed": String(this.#asTokens) }),
-        );
-      }
+    }
+    if (node.tokens?.length > 0) {
+      buttons.push(
+        iconButton("chance", "Token probabilities", () => this.#toggleTokens(), { "aria-pressed": String(this.#asTokens) }),
+      );
     }
     this.actions.replaceChildren(...buttons, ...this.#stats());
   }
@@ -148,7 +148,7 @@ export class MessageView {
 
   /** Write it anew, in its place. */
   edit() {
-    const area = el("textarea", { class: "editor", "aria-label": "Edit the message", dir: "auto" });
+    const area = el("textarea", { class: "editor", "aria-label": "Edit the message", dir: "auto", rows: Math.min(12, this.node.content.split("\n").length) });
     area.value = this.node.content;
     const close = () => {
       form.replaceWith(this.body);

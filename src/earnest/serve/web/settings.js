@@ -46,8 +46,9 @@ export function sheetHead(id, title, dialog) {
 
 /** A press beside a dialog closes it. */
 export function closeByScrim(dialog) {
-  dialog.addEventListener("pointerdown", (event) => {
-    if (event.target === dialog) dialog.close();
+  dialog.addEventListener("pointerdown", ({ target, clientX: x, clientY: y }) => {
+    const { left, right, top, bottom } = dialog.getBoundingClientRect();
+    if (target === dialog && (x < left || x > right || y < top || y > bottom)) dialog.close();
   });
 }
 
@@ -151,7 +152,7 @@ function samplingPart(defaults, served, conversation, { onChange }) {
     const choice = choose(
       "thinking",
       "Thinking",
-      [["", "As the model likes"], ["true", "On"], ["false", "Off"]],
+      [["", "Model's way"], ["true", "On"], ["false", "Off"]],
       JSON.stringify(settings().thinking) === "null" ? "" : String(settings().thinking),
       (value) => {
         remember("thinking", value === "" ? null : value === "true");
@@ -203,7 +204,7 @@ function looksPart() {
 
 function keyPart({ onKey }) {
   const state = apiKey() ? (keyIsKept() ? "A key is kept on this device." : "A key is kept until this tab is closed.") : "None is sent.";
-  return part("API key", state, el("button", { type: "button", class: "plain-button", text: "Change the key", on: { click: onKey } }));
+  return part("API key", state, el("button", { type: "button", class: "plain-button", text: apiKey() ? "Change the key" : "Enter a key", on: { click: onKey } }));
 }
 
 function dataPart(dialog, { exportAll, deleteAll }) {

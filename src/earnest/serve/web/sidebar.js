@@ -63,7 +63,7 @@ export class Sidebar {
         "aria-current": isCurrent ? "page" : null,
         text: title,
         title,
-        on: { click: () => this.acts.open(head.id), dblclick: () => this.rename(head) },
+        on: { click: () => this.acts.open(head.id) },
       }),
       more,
     );

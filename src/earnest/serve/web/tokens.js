@@ -60,6 +60,7 @@ export function tokenView(tokens) {
     const left = Math.max(0, Math.min(inner.left - outer.left, outer.width - detail.offsetWidth));
     detail.style.left = `${left}px`;
     detail.style.top = `${inner.bottom - outer.top + 6}px`;
+    detail.scrollIntoView({ block: "nearest" });
   }
 
   text.addEventListener("click", (event) => {
