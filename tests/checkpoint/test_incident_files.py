@@ -14,7 +14,6 @@ import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from itertools import pairwise
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 

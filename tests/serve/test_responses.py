@@ -68,6 +68,7 @@ def test_items_are_read_as_the_text_they_are(client: openai.OpenAI) -> None:
     for content in (HELLO, [part]):
         for kind in ({}, {"type": "message"}):
             assert count([{"role": "user", "content": content} | kind]) == count(HELLO)
+    assert count(HELLO, extra_body={"client_metadata": {"session": "1"}}) == count(HELLO)
     told = count(HELLO, instructions="Be brief.")
     assert told == count([{"role": "developer", "content": "Be brief."}, *[
         {"role": "user", "content": HELLO}

@@ -5,11 +5,12 @@ from __future__ import annotations
 import logging
 import secrets
 from pathlib import Path
+from typing import Literal
 
 import click
 
 from earnest import env
-from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar
+from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar, speculation_option
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
 from earnest.files import read_bytes
@@ -48,6 +49,7 @@ Examples:
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with.")
+@speculation_option
 @click.option(
     "--max-waiting",
     type=click.IntRange(1),
@@ -77,6 +79,7 @@ def command(
     tls_key: Path | None,
     context: int | None,
     threads: int | None,
+    speculation: Literal["prompt", "off"],
     max_waiting: int,
     timeout: float | None,
     drain: float,
@@ -107,6 +110,7 @@ def command(
                 model,
                 max_context=context,
                 threads=threads,
+                speculation=None if speculation == "off" else speculation,
                 allow_missing_correction_bias=allow_missing_correction_bias,
                 progress=progress,
                 notice=notice,

@@ -184,6 +184,8 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
 
 # What can be asked without a key: whether the server is there, and the page that asks for the key.
 _OPEN = ("/", "/health", "/ready", "/favicon.ico")
+# Where the scripts and styles of that page are.
+PAGE_PARTS = "/web/"
 
 
 class Gate:
@@ -240,10 +242,13 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return _too_large(limit)
+        path = scope["path"]
+        if path.startswith(PAGE_PARTS):  # browsers fetch scripts with an origin, even their own
+            return None
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and not self._may_call(origin, headers.get(b"host", b"").decode("latin-1")):
             return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
-        if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+        if not self._keys or path in _OPEN or scope["method"] == "OPTIONS":
             return None
         # All are compared, each in constant time: neither which key nor how much of it was right
         # shows in how long it takes.

@@ -112,12 +112,21 @@ class _Engine(Collector):
             ("prefix_cache_queries", "Tokens of prompts looked up", counters.prompt_tokens),
             ("prefix_cache_hits", "Tokens of prompts found", counters.cached_tokens),
             ("num_preemptions", "Answers put off for want of KV blocks", counters.preemptions),
+            ("spec_decode_num_drafts", "Times that tokens were guessed", counters.drafts),
             ("spec_decode_num_draft_tokens", "Tokens guessed", counters.drafted_tokens),
             ("spec_decode_num_accepted_tokens", "Guesses right", counters.accepted_tokens),
         ):
             family = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             family.add_metric([self._model], float(count))
             yield family
+        at = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Guesses right, by their place in the draft",
+            labels=["model_name", "position"],
+        )
+        for place, right in enumerate(list(counters.accepted_at)):
+            at.add_metric([self._model, str(place)], float(right))
+        yield at
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache", labels=["block_size", "num_gpu_blocks"]
         )

@@ -193,6 +193,7 @@ class ResponsesBody(Strict):
     priority: int = 0
     # Of no consequence here: they name the caller, or ask for what is done anyway.
     metadata: dict[str, str] | None = None
+    client_metadata: dict[str, Any] | None = None  # Codex's
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
