@@ -23,8 +23,11 @@ from earnest.config import Accounting, ErnieConfig
 from earnest.engine.batch import Slice, blocks_for, make_batch
 from earnest.engine.defaults import end_of_text_ids, sampling_defaults
 from earnest.engine.engine import Engine, check_token_ids
+from earnest.engine.reading import normalized
 from earnest.engine.request import (
     Completion,
+    Pooling,
+    PoolingKind,
     Request,
     SamplingParams,
     TokenEvent,
@@ -408,6 +411,38 @@ class LanguageModel:
                 logits_TV[start : start + chunk] = self._runner.step(batch)
         return logits_TV
 
+    def embed(
+        self,
+        texts: str | Sequence[int] | list[str] | list[list[int]] | list[str | list[int]],
+        *,
+        pooling: PoolingKind = "mean",
+        normalize: bool = True,
+    ) -> Float32:
+        """Vectors that stand for texts.
+
+        Args:
+            texts: a text, or token ids, as in `generate`; or a list of either, which are run beside
+                each other.
+            pooling: "mean" of all tokens' hidden states after the final norm, or the "last" one's.
+            normalize: scale the vectors to length 1.
+
+        Returns:
+            float32 `[hidden_size]`, or for a list `[N, hidden_size]`. A text's vector has the same
+            bits alone and beside others if the runner's numbers do (the native one's).
+
+        Raises:
+            PromptError: before anything is run, also for the last of a list.
+            CheckpointError: the model's numbers are not finite.
+        """
+        several = isinstance(texts, list) and any(map(_is_prompt, texts))
+        given = cast("list[str | Sequence[int]]", texts if several else [texts])
+        params, reading = SamplingParams(max_tokens=0), Pooling(pooling)
+        requests = [self._request(part, params, reading) for part in given]
+        with self._running(requests) as ids:
+            found = [self._next(request_id)[1].embedding for request_id in ids]
+        vectors = [normalized(v) if normalize else v for v in found if v is not None]
+        return np.stack(vectors) if several else vectors[0]
+
     def routing(
         self, token_ids: Sequence[int] | npt.NDArray[np.integer]
     ) -> list[tuple[npt.NDArray[np.int32], Float32]]:
@@ -458,13 +493,18 @@ class LanguageModel:
         with self._engine.borrowed(positions) as blocks:
             yield blocks
 
-    def _request(self, prompt: str | Sequence[int], params: SamplingParams) -> Request:
+    def _request(
+        self,
+        prompt: str | Sequence[int],
+        params: SamplingParams,
+        reading: Pooling | None = None,
+    ) -> Request:
         if not _is_prompt(prompt):
             raise PromptError(
                 "a prompt is neither a text nor a list of token ids", got=type(prompt).__name__
             )
         ids = self.text_ids(prompt) if isinstance(prompt, str) else prompt
-        request = Request(tuple(ids), params)
+        request = Request(tuple(ids), params, reading=reading)
         self._engine.check(request)
         return request
 

@@ -119,3 +119,10 @@ def reader_of(request: Request) -> Reader | None:
             return Pooled(request.reading, len(request.prompt_ids))
     count = request.sampling.prompt_logprobs
     return None if count is None else PromptLogprobs(request.prompt_ids, count)
+
+
+def normalized(vector: Float32) -> Float32:
+    """A vector of the same direction and of length 1; zeros stay zeros."""
+    wide = vector.astype(np.float64)
+    length = float(np.sqrt((wide * wide).sum()))
+    return (wide / length).astype(np.float32) if length else vector

@@ -94,7 +94,8 @@ function showState() {
   send.classList.toggle("stops", running);
   byId("send-icon").setAttribute("href", running ? "#i-stop" : "#i-send");
   send.disabled = !running && !prompt.value.trim() && !(text && conversation.leaf);
-  prompt.placeholder = text ? "Write the beginning of a text" : "Write a message";
+  const goesOn = conversation.leaf ? "Write on, or let the model continue" : "Write the beginning of a text";
+  prompt.placeholder = text ? goesOn : "Write a message";
   byId("changed").textContent = changes();
   const last = pathOf(conversation).findLast((node) => node.stats?.prompt);
   const used = last ? last.stats.prompt + last.stats.tokens : 0;
@@ -105,7 +106,7 @@ function showState() {
 function showMessages() {
   const path = pathOf(conversation);
   const notes = [];
-  if (served && !served.chats) notes.push(baseNote());
+  if (served && !served.chats && (path.length === 0 || conversation.kind === "chat")) notes.push(baseNote());
   if (path.length === 0) notes.unshift(welcome());
   byId("welcome").replaceChildren(...notes);
   byId("welcome").hidden = notes.length === 0;
@@ -189,13 +190,13 @@ async function save(changed) {
 
 const acts = {
   open,
-  regenerate(node) {
-    if (answers.has(conversation.id)) return;
+  async regenerate(node) {
+    if (!(await ready())) return;
     if (!node.content && !node.reasoning) delete conversation.nodes[node.id]; // nothing is lost
     answer(node.parent);
   },
-  edit(node, text) {
-    if (answers.has(conversation.id)) return;
+  async edit(node, text) {
+    if (!(await ready())) return;
     const made = addNode(conversation, node.parent, node.role, text);
     answer(made.id);
   },
@@ -241,11 +242,15 @@ const acts = {
 
 // --- answers --------------------------------------------------------------------------------------
 
+/** Whether the open conversation can be answered now. */
+async function ready() {
+  return !answers.has(conversation.id) && (served !== null || (await connect()));
+}
+
 async function send() {
   const text = prompt.value;
   const continues = conversation.kind === "text" && conversation.leaf;
-  if (answers.has(conversation.id) || (!text.trim() && !continues)) return;
-  if (!served && !(await connect())) return;
+  if ((!text.trim() && !continues) || !(await ready())) return;
   const last = conversation.nodes[conversation.leaf];
   if (text.trim()) addNode(conversation, conversation.leaf, "user", conversation.kind === "text" ? text : text.trim());
   else if (last.state === "failed" && !last.content) return acts.regenerate(last);

@@ -28,7 +28,7 @@ export function tokenView(tokens) {
   const view = el(
     "div",
     { class: "probabilities" },
-    el("p", { class: "note", text: "The darker the tint, the less likely the token was. Choose one to see what else the model considered." }),
+    el("p", { class: "note", text: "The stronger the tint, the less likely the token was. Choose one to see what else the model considered." }),
     text,
     detail,
   );
@@ -41,9 +41,10 @@ export function tokenView(tokens) {
       tabindex: i === 0 ? 0 : -1,
       "aria-label": `${shownToken(token[0])}, ${percent(token[1])}`,
     });
-    span.append(/^bytes:/.test(token[0]) ? shownToken(token[0]) : token[0].replace(/\n/g, "⏎"));
+    const lines = (/^bytes:/.test(token[0]) ? shownToken(token[0]) : token[0]).split("\n");
+    for (const line of lines.slice(0, -1)) span.append(`${line}⏎`, el("br"));
+    span.append(lines.at(-1));
     text.append(span);
-    if (token[0].includes("\n")) text.append(el("br"));
   });
   const spans = [...text.querySelectorAll(".token")];
 
