@@ -13,6 +13,7 @@ from earnest.engine.service import Service
 from earnest.errors import TokenizerError
 from earnest.serve.grammar import Grammars
 from earnest.serve.metrics import Metrics
+from earnest.serve.traces import Traces
 from earnest.tokenizer import Tokenizer
 
 
@@ -47,6 +48,7 @@ class Served:
         api_keys: any of which lets a client in; none: everybody may.
         limits: what a request may ask for.
         origins: of web pages that browsers may call the server from.
+        traces: told of every request that has ended; None: nobody is.
     """
 
     model: LanguageModel
@@ -54,6 +56,7 @@ class Served:
     api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     origins: tuple[str, ...] = ()
+    traces: Traces | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
