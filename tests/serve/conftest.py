@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from browsing import Visits
-from running import Server
+from running import Process, Server
 
 from earnest.engine.language_model import LanguageModel, load
 from earnest.serve.state import Limits, Served
@@ -82,3 +82,18 @@ def visit(browser: Any) -> Iterator[Visits]:
     for context in visits.contexts:
         context.close()
     assert visits.problems == []
+
+
+@pytest.fixture
+def start_process() -> Iterator[Callable[..., Process]]:
+    running: list[Process] = []
+
+    def make(*arguments: str) -> Process:
+        running.append(Process(*arguments))
+        return running[-1]
+
+    yield make
+    for found in running:
+        if found.process.poll() is None:
+            found.process.kill()
+        found.process.communicate()

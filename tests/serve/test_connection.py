@@ -28,7 +28,7 @@ def test_every_answer_has_an_id(start: Callable[..., Server], path: str) -> None
     server = start(api_keys=("key",))
     for headers in ({}, {"authorization": "Bearer key"}):
         reply = httpx.request("GET", f"{server.url}{path}", headers=headers)
-        assert re.fullmatch("req_[0-9a-f]{24}", reply.headers["x-request-id"])
+        assert re.fullmatch("[0-9a-f]{32}", reply.headers["x-request-id"])
         if path == "/v1/messages":
             assert reply.headers["request-id"] == reply.headers["x-request-id"]
             assert reply.json()["request_id"] == reply.headers["request-id"]

@@ -389,6 +389,7 @@ class Engine:
             finish_reason=reason,
             prompt_logprobs=_prompt_logprobs(sequence) if is_first else None,
             cached_tokens=sequence.cached if is_first else None,
+            admitted_at=sequence.admitted_at if is_first else None,
             stop_string=sequence.text.found,
         )
 
@@ -402,6 +403,7 @@ class Engine:
             finish_reason="length",
             prompt_logprobs=_prompt_logprobs(sequence),
             cached_tokens=sequence.cached,
+            admitted_at=sequence.admitted_at,
             scores=tuple(reader.found) if isinstance(reader, Scores) else None,
             embedding=reader.found if isinstance(reader, Pooled) else None,
         )

@@ -203,6 +203,7 @@ class TokenEvent:
         finish_reason: set on the last event.
         prompt_logprobs: if asked for, on the first event: one per prompt token, the first None.
         cached_tokens: on the first event: tokens of the prompt that were not computed again.
+        admitted_at: on the first event: `time.monotonic()` when it was first given KV blocks.
         stop_string: on the last event: the one of `stop` that ended the text, if one did.
         scores: what `Scoring` asked for, in its order.
         embedding: what `Pooling` asked for, float32 `[hidden_size]`, not normalised.
@@ -214,6 +215,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int | None = None
+    admitted_at: float | None = field(default=None, compare=False)
     stop_string: str | None = None
     scores: tuple[Score, ...] | None = None
     embedding: Float32 | None = field(default=None, compare=False)

@@ -11,6 +11,7 @@ and whoever waits moves up a level again and again, until it is the first.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -196,7 +197,7 @@ class Scheduler:
         sequence.blocks = [link.block for link in found] + fresh
         sequence.computed = len(found) * self._block_size
         if sequence.cached is None:
-            sequence.cached = sequence.computed
+            sequence.cached, sequence.admitted_at = sequence.computed, time.monotonic()
         return True
 
     def _found(self, sequence: Sequence) -> list[Link]:

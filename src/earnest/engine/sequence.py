@@ -30,6 +30,7 @@ class Sequence:
         computed: positions stored.
         waited: steps it has waited for, in all.
         cached: positions of the prompt that were found instead of computed, when first admitted.
+        admitted_at: `time.monotonic()` when that was.
         counted: whether its prompt was counted.
         reader: reads the rows of its prompt; None: nobody wants them.
     """
@@ -49,6 +50,7 @@ class Sequence:
     computed: int = 0
     waited: int = 0
     cached: int | None = None
+    admitted_at: float | None = None
     counted: bool = False
     reader: Reader | None = None
 

@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from ipaddress import ip_address
@@ -28,7 +28,9 @@ from earnest.errors import (
     UserError,
 )
 from earnest.log import logger
-from earnest.serve.state import TENANT, Served
+from earnest.serve.journal import Record, begin, current, request_id
+from earnest.serve.state import Served
+from earnest.serve.traces import TRACE_HEADERS
 
 T = TypeVar("T")
 
@@ -77,9 +79,14 @@ def api_error(error: EarnestError) -> ApiError:
     return ApiError(status, str(error))
 
 
+def _kind(error: ApiError) -> str:
+    other = "invalid_request_error" if error.status < 500 else "api_error"
+    return _KINDS.get(error.status, other)
+
+
 def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, Any]:
     """An error in the words of the interface that `path` belongs to."""
-    kind = _KINDS.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
+    kind = _kind(error)
     if path.startswith("/v1/messages"):
         body = {"type": "error", "error": {"type": kind, "message": error.message}}
         return body | {"request_id": request_id}
@@ -93,7 +100,8 @@ def error_response(
     request: Request, error: ApiError, headers: Mapping[str, str] | None = None
 ) -> Response:
     """The error, and how to come again."""
-    headers = dict(headers or {})
+    record, headers = current(), dict(headers or {})
+    record.error, record.param = _kind(error), error.param
     if error.status in (429, 503):
         headers["retry-after"] = "1"
     if error.status == 401:
@@ -138,6 +146,8 @@ async def event_stream(
                     yield piece
             except (EarnestError, ApiError) as error:
                 found = error if isinstance(error, ApiError) else api_error(error)
+                record = current()
+                record.error, record.status = _kind(found), found.status
                 yield wrap_error(error_body(request.url.path, found))
 
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -207,35 +217,52 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {key.lower(): value for key, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")[:128]
-        own = f"req_{secrets.token_hex(12)}"
-        scope["request_id"] = given if given.isprintable() and given else own
-        request_id = scope["request_id"].encode("latin-1", "replace")
-        names = [b"x-request-id"]
-        if scope["path"].startswith("/v1/messages"):
-            names.append(b"request-id")  # as Anthropic's clients know it
+        record = _record(scope, headers)
+        scope["request_id"] = record.id
+        begin(record)
+        name = record.id.encode()
+        own = [(b"x-request-id", name)]
+        if record.path.startswith("/v1/messages"):
+            own.append((b"request-id", name))  # as Anthropic's clients know it
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                own = [(name, request_id) for name in names]
+                record.status = message["status"]
                 message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
+            if message["type"] == "http.response.body":
+                record.complete = not message.get("more_body", False)
 
+        try:
+            await self._answer(scope, headers, receive, named)
+        except Exception as error:
+            record.error = type(error).__name__
+            if record.status:  # all that is left is to cut the connection, which uvicorn does
+                raise
+            logger.exception("a request failed in a way that nobody foresaw")
+            failed = ApiError(500, f"the server failed; its log tells more, under {record.id}")
+            await error_response(Request(scope), failed)(scope, receive, named)
+        finally:
+            record.write()
+            if self._served.traces is not None:
+                self._served.traces.ended(record, time.monotonic())
+
+    async def _answer(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
         problem = self._problem(scope, headers)
         if problem is not None:
-            await error_response(Request(scope), problem)(scope, receive, named)
+            await error_response(Request(scope), problem)(scope, receive, send)
             return
+
         # Unless told otherwise, curl calls every body a form, and few examples tell it. Here all
         # are JSON; web pages, which must not be able to post forms, were dealt with above.
         kept = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-type"]
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
-        bounded = _Bounded(receive, limits.body_bytes, limits.body_seconds)
-        token = TENANT.set(_hashed(_key_of(headers))[:16] if self._keys else b"")
-        try:
-            await self._app(scope, bounded, named)
-        finally:
-            TENANT.reset(token)
+        if self._keys:
+            current().tenant = _hashed(_key_of(headers))[:16]
+        await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), send)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         limit = self._served.limits.body_bytes
@@ -274,6 +301,21 @@ class Gate:
         except ValueError:  # a name, or nothing at all
             return name == "localhost"
         return address.is_loopback or page.netloc == host
+
+
+def _record(scope: Scope, headers: dict[bytes, bytes]) -> Record:
+    client = scope.get("client")
+    return Record(
+        request_id(headers.get(b"x-request-id", b"").decode("latin-1")),
+        method=scope["method"],
+        path=scope["path"],
+        client=client[0] if client else "unix",
+        trace={
+            name: headers[name.encode()].decode("latin-1")
+            for name in TRACE_HEADERS
+            if name.encode() in headers
+        },
+    )
 
 
 class _Bounded:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from contextvars import ContextVar
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -14,11 +13,8 @@ from earnest.engine.service import Service
 from earnest.errors import TokenizerError
 from earnest.serve.grammar import Grammars
 from earnest.serve.metrics import Metrics
+from earnest.serve.traces import Traces
 from earnest.tokenizer import Tokenizer
-
-# On whose behalf the present request runs: a hash of its API key, or nothing where there are no
-# keys. Different tenants share no computed prefixes.
-TENANT: ContextVar[bytes] = ContextVar("TENANT", default=b"")
 
 
 @dataclass(frozen=True)
@@ -58,6 +54,7 @@ class Served:
         api_keys: any of which lets a client in; none: everybody may.
         limits: what a request may ask for.
         origins: of web pages that browsers may call the server from.
+        traces: told of every request that has ended; None: nobody is.
     """
 
     model: LanguageModel
@@ -65,6 +62,7 @@ class Served:
     api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     origins: tuple[str, ...] = ()
+    traces: Traces | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
