@@ -9,6 +9,7 @@ from contextlib import aclosing
 from earnest.engine import Pooling, PoolingKind, Request, SamplingParams
 from earnest.engine.reading import normalized
 from earnest.runners.base import Float32
+from earnest.serve.journal import current
 from earnest.serve.state import Served
 
 # Texts of one request: as many as OpenAI takes.
@@ -37,7 +38,7 @@ async def embedded(
             tuple(ids),
             SamplingParams(max_tokens=0),
             priority=priority,
-            salt=salt,
+            salt=current().tenant + salt,
             reading=Pooling(kind),
         )
         for ids in prompts
