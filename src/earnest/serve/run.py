@@ -60,12 +60,13 @@ def listen(address: Address) -> socket.socket:
     if address.unix_socket is not None:
         return _listen_unix(address.unix_socket)
     try:
-        family, kind, _, _, target = socket.getaddrinfo(
+        family, kind, protocol, _, target = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError, OverflowError) as error:
         raise UserError(f"{address.host!r} port {address.port} is no address: {error}") from error
-    found = socket.socket(family, kind)
+    # With its protocol named: only then does asyncio send small pieces without waiting for more.
+    found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(target)
