@@ -22,8 +22,10 @@ from earnest.cli.serve import command
 from earnest.serve import (
     anthropic_messages,
     ollama,
+    ollama_embed,
     openai_chat,
     openai_completions,
+    openai_embeddings,
     openai_responses,
     plain,
 )
@@ -34,9 +36,12 @@ BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": openai_chat.ChatBody,
     "/v1/completions": openai_completions.CompletionBody,
     "/v1/responses": openai_responses.ResponsesBody,
+    "/v1/embeddings": openai_embeddings.EmbeddingsBody,
     "/v1/messages": anthropic_messages.MessagesBody,
     "/api/chat": ollama.ChatBody,
     "/api/generate": ollama.GenerateBody,
+    "/api/embed": ollama_embed.EmbedBody,
+    "/api/embeddings": ollama_embed.EmbeddingsBody,
     "/tokenize": plain.TokenizeBody,
     "/detokenize": plain.DetokenizeBody,
 }
@@ -73,6 +78,10 @@ REFUSED: dict[str, dict[str, Any]] = {
         "top_logprobs": 3,
         "truncation": "auto",
     },
+    "/v1/embeddings": {
+        "dimensions": 7,
+        "truncate_prompt_tokens": 8,
+    },
     "/v1/messages": {
         "container": "container_1",
         "context_management": {},
@@ -81,6 +90,10 @@ REFUSED: dict[str, dict[str, Any]] = {
     "/api/chat": {
         "options.mirostat": 1,
         "options.num_gpu": 1,
+        "options.num_thread": 2,
+    },
+    "/api/embed": {
+        "dimensions": 7,
         "options.num_thread": 2,
     },
     "/api/generate": {
@@ -111,6 +124,8 @@ def parameters(path: str) -> tuple[list[str], list[str]]:
 
 
 def _options(body: type[BaseModel]) -> type[BaseModel] | None:
+    if body in (ollama_embed.EmbedBody, ollama_embed.EmbeddingsBody):
+        return ollama_embed.EmbedOptions
     return ollama.Options if "options" in body.model_fields else None
 
 

@@ -23,9 +23,12 @@ _LEAST: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
     "/v1/completions": {"prompt": "Hi", "max_tokens": 1},
     "/v1/responses": {"input": "Hi", "max_output_tokens": 1},
+    "/v1/embeddings": {"input": "Hi"},
     "/v1/messages": {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1},
     "/api/chat": {"model": "stories", "messages": [{"role": "user", "content": "Hi"}]},
     "/api/generate": {"model": "stories", "prompt": "Hi", "options": {"num_predict": 1}},
+    "/api/embed": {"model": "stories", "input": "Hi"},
+    "/api/embeddings": {"model": "stories", "prompt": "Hi"},
     "/tokenize": {"prompt": "Hi"},
     "/detokenize": {"tokens": [1]},
 }

@@ -1,8 +1,13 @@
-"""A server in this process."""
+"""A server in this process, or in one of its own."""
 
 from __future__ import annotations
 
 import asyncio
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 
 import uvicorn
@@ -35,3 +40,27 @@ class Server:
         assert self.served.service.close(timeout=20)
         assert self.served.service._open == 0
         self.served.model.engine.blocks.check_idle()
+
+
+class Process:
+    """A server of its own."""
+
+    def __init__(self, *arguments: str) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "earnest", "serve", "stories", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200"},
+        )
+
+    def where(self) -> str:
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        found = re.search(r"(https?://\S+|unix:\S+)", line)
+        assert found, (line, self.process.stderr.read() if self.process.stderr else "")
+        return found[1]
+
+    def end(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(30)

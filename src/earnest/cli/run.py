@@ -18,6 +18,7 @@ from earnest.cli.terminal import (
     out,
     print_json,
     progress_bar,
+    speculation_option,
 )
 from earnest.cli.timings import Timings, ran_by
 from earnest.engine import (
@@ -93,6 +94,7 @@ def _sampling_options(command: Any) -> Any:
     type=click.Choice(["8", "15"]),
     help="How finely the native runner rounds activations (15).",
 )
+@speculation_option
 @click.option(
     "--timings", is_flag=True, help="Show tokens per second, time to first token and memory."
 )
@@ -113,6 +115,7 @@ def command(
     lock: bool,
     kv: KvType | None,
     activation_bits: Literal["8", "15"] | None,
+    speculation: Literal["prompt", "off"],
     timings: bool,
     allow_missing_correction_bias: bool,
     as_json: bool,
@@ -140,6 +143,7 @@ def command(
         lock=lock,
         kv=kv,
         activation_bits=activation_bits and int(activation_bits),
+        speculation=None if speculation == "off" else speculation,
         allow_missing_correction_bias=allow_missing_correction_bias,
     )
     watch = Timings(time.monotonic() - begun)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 import click
 
 from earnest import env
-from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar
+from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar, speculation_option
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
+
+if TYPE_CHECKING:
+    from earnest.serve.traces import Traces
 
 EPILOG = """\b
 Examples:
@@ -45,6 +48,7 @@ Examples:
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
 @click.option("--threads", type=click.IntRange(1), help="Threads to compute with.")
+@speculation_option
 @click.option(
     "--max-waiting",
     type=click.IntRange(1),
@@ -60,6 +64,25 @@ Examples:
     show_default=True,
     help="Seconds for answers under way when the server is told to end.",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is told on standard error; info: a line for each request.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How.",
+)
+@click.option(
+    "--otlp-traces-endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry traces there (also OTEL_EXPORTER_OTLP_TRACES_ENDPOINT).",
+)
 @allow_bias_option
 def command(
     model: str,
@@ -74,9 +97,13 @@ def command(
     tls_key: Path | None,
     context: int | None,
     threads: int | None,
+    speculation: Literal["prompt", "off"],
     max_waiting: int,
     timeout: float | None,
     drain: float,
+    log_level: str,
+    log_format: Literal["text", "json"],
+    otlp_traces_endpoint: str | None,
     allow_missing_correction_bias: bool,
 ) -> None:
     """Serve MODEL over HTTP, with the interfaces of OpenAI, Anthropic and Ollama.
@@ -85,6 +112,7 @@ def command(
     machine only, unless told otherwise. SIGTERM lets answers under way come to their end.
     """
     try:
+        from earnest.serve import journal
         from earnest.serve.run import Address, listen, serve
         from earnest.serve.state import Limits, Served, keys_in
     except ImportError as error:
@@ -97,6 +125,8 @@ def command(
         raise UserError("--tls-certificate and --tls-key belong together")
     keys = (*api_key, *env.api_keys(), *keys_in(api_key_file))
     address = Address(host, port, unix_socket, tls_certificate, tls_key)
+    journal.configure(log_level, log_format)
+    traces = _traces(otlp_traces_endpoint)
     listener = listen(address)
     try:
         with progress_bar("opening") as progress:
@@ -104,6 +134,7 @@ def command(
                 model,
                 max_context=context,
                 threads=threads,
+                speculation=None if speculation == "off" else speculation,
                 allow_missing_correction_bias=allow_missing_correction_bias,
                 progress=progress,
                 notice=notice,
@@ -114,8 +145,8 @@ def command(
             api_keys=keys,
             limits=Limits(waiting=max_waiting, request_seconds=timeout),
             origins=cors,
+            traces=traces,
         )
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         if not keys and host not in ("127.0.0.1", "localhost", "::1") and unix_socket is None:
             key = secrets.token_hex(8)
             notice(f"anybody who reaches {host} may use it; --api-key {key} asks for a key")
@@ -133,3 +164,19 @@ def command(
         listener.close()
         if unix_socket is not None:
             unix_socket.unlink(missing_ok=True)
+
+
+def _traces(endpoint: str | None) -> Traces | None:
+    """Where traces go, if anywhere. What the environment asks for, which is often set for all
+    programs of a machine, is done where it can be done."""
+    from earnest.serve.traces import Traces
+
+    if endpoint is None and env.traces_endpoint() is None:
+        return None
+    try:
+        return Traces(endpoint)
+    except MissingPackageError as error:
+        if endpoint is not None:
+            raise
+        notice(f"no traces are sent: {error.problem}; {error.remedy}")
+        return None

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from earnest.runners.base import Batch
+from earnest.runners.base import Batch, Int32
 
 
 @dataclass(frozen=True)
@@ -19,16 +19,18 @@ class Slice:
         start: position of the first.
         blocks: the sequence's KV blocks, in order; enough for the last token's position.
         logits: which of the tokens' logits are wanted: this many of the last ones.
+        hidden: the same for hidden states.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     logits: int = 0
+    hidden: int = 0
 
 
 def make_batch(slices: Sequence[Slice], block_size: int) -> Batch:
-    """Lay the slices end to end; the logits rows come in the same order."""
+    """Lay the slices end to end; the rows that are wanted come in the same order."""
     lengths = [len(part.tokens) for part in slices]
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
     needed = [
@@ -48,12 +50,17 @@ def make_batch(slices: Sequence[Slice], block_size: int) -> Batch:
         ),
         sequence_starts=starts,
         block_tables=tables,
-        logits_rows=np.concatenate(
-            [
-                np.arange(end - part.logits, end, dtype=np.int32)
-                for part, end in zip(slices, starts[1:], strict=True)
-            ]
-        ),
+        logits_rows=_last_rows(starts, [part.logits for part in slices]),
+        hidden_rows=_last_rows(starts, [part.hidden for part in slices]),
+    )
+
+
+def _last_rows(starts: Int32, counts: Sequence[int]) -> Int32:
+    return np.concatenate(
+        [
+            np.arange(end - count, end, dtype=np.int32)
+            for count, end in zip(counts, starts[1:], strict=True)
+        ]
     )
 
 

@@ -13,6 +13,7 @@ from earnest.errors import ChatUnsupportedError, PromptError
 from earnest.serve.blocks import Block, Blocks
 from earnest.serve.constraints import Banned, ThinkingBudget
 from earnest.serve.formats import Delta, Form, OutputParser, calls_schema, form_of, with_tools
+from earnest.serve.journal import current
 from earnest.serve.state import Served
 
 Finish = Literal["stop", "length", "tool_calls"]
@@ -123,6 +124,8 @@ async def answers(served: Served, ask: Ask) -> AsyncGenerator[Piece, None]:
         )
         for which in range(ask.count)
     ]
+    record = current()
+    record.asks(served.name, len(ask.prompt_ids), ask.sampling, ask.count)
     parsers = [ask.parser() if ask.parser else None for _ in requests]
     watches = [served.metrics.clock() for _ in requests]
     left = set(range(ask.count))
@@ -145,7 +148,8 @@ async def answers(served: Served, ask: Ask) -> AsyncGenerator[Piece, None]:
             ):
                 deltas = [d for d in deltas if not d.call]
                 finish = "tool_calls"
-            watches[which].token(finish)
+            now = watches[which].token(event, finish)
+            record.took(which, event, now, finish)
             yield Piece(which, event, deltas, finish)
             if finish is not None:
                 left.discard(which)

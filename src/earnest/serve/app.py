@@ -14,10 +14,13 @@ from earnest.errors import EarnestError
 from earnest.serve import (
     anthropic_messages,
     ollama,
+    ollama_embed,
     ollama_models,
     openai_chat,
     openai_completions,
+    openai_embeddings,
     openai_responses,
+    page,
     plain,
 )
 from earnest.serve.http import ApiError, Gate, api_error, error_response
@@ -32,10 +35,11 @@ def create_app(served: Served) -> FastAPI:
     """
     app = FastAPI(title="Earnest", version=version("earnest"), redoc_url=None)
     for part in (
-        *(openai_chat, openai_completions, openai_responses, anthropic_messages),
-        *(ollama, ollama_models, plain),
+        *(openai_chat, openai_completions, openai_responses, openai_embeddings),
+        *(anthropic_messages, ollama, ollama_models, ollama_embed, plain),
     ):
         app.include_router(part.router(served))
+    app.include_router(page.router())
 
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:

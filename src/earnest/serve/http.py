@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import hmac
 import json
-import secrets
+import time
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from ipaddress import ip_address
@@ -28,7 +28,9 @@ from earnest.errors import (
     UserError,
 )
 from earnest.log import logger
+from earnest.serve.journal import Record, begin, current, request_id
 from earnest.serve.state import Served
+from earnest.serve.traces import TRACE_HEADERS
 
 T = TypeVar("T")
 
@@ -92,6 +94,8 @@ def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, An
 
 def error_response(request: Request, error: ApiError) -> Response:
     """The error, and how to come again."""
+    record = current()
+    record.error, record.param = _KINDS.get(error.status, "api_error"), error.param
     headers = {"retry-after": "1"} if error.status in (429, 503) else {}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -135,6 +139,8 @@ async def event_stream(
                     yield piece
             except (EarnestError, ApiError) as error:
                 found = error if isinstance(error, ApiError) else api_error(error)
+                record = current()
+                record.error, record.status = _KINDS.get(found.status, "api_error"), found.status
                 yield wrap_error(error_body(request.url.path, found))
 
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
@@ -181,6 +187,8 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
 
 # What can be asked without a key: whether the server is there, and the page that asks for the key.
 _OPEN = ("/", "/health", "/ready", "/favicon.ico")
+# Where the scripts and styles of that page are.
+PAGE_PARTS = "/web/"
 
 
 class Gate:
@@ -202,41 +210,60 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {key.lower(): value for key, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")[:128]
-        scope["request_id"] = given if given.isprintable() and given else secrets.token_hex(16)
-        request = Request(scope)
-        problem = self._problem(scope, headers)
-        if problem is not None:
-            await error_response(request, problem)(scope, receive, send)
-            return
+        record = _record(scope, headers)
+        scope["request_id"] = record.id
+        begin(record)
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {
-                    **message,
-                    "headers": [
-                        *message.get("headers", []),
-                        (b"x-request-id", scope["request_id"].encode("latin-1", "replace")),
-                    ],
-                }
+                record.status = message["status"]
+                named = (b"x-request-id", record.id.encode())
+                message = {**message, "headers": [*message.get("headers", []), named]}
             await send(message)
+            if message["type"] == "http.response.body":
+                record.complete = not message.get("more_body", False)
+
+        try:
+            await self._answer(scope, headers, receive, named)
+        except Exception as error:
+            record.error = type(error).__name__
+            if record.status:  # all that is left is to cut the connection, which uvicorn does
+                raise
+            logger.exception("a request failed in a way that nobody foresaw")
+            failed = ApiError(500, f"the server failed; its log tells more, under {record.id}")
+            await error_response(Request(scope), failed)(scope, receive, named)
+        finally:
+            record.write()
+            if self._served.traces is not None:
+                self._served.traces.ended(record, time.monotonic())
+
+    async def _answer(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        problem = self._problem(scope, headers)
+        if problem is not None:
+            await error_response(Request(scope), problem)(scope, receive, send)
+            return
 
         # Unless told otherwise, curl calls every body a form, and few examples tell it. Here all
         # are JSON; web pages, which must not be able to post forms, were dealt with above.
         kept = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-type"]
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
-        await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), named)
+        await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), send)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         limit = self._served.limits.body_bytes
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return _too_large(limit)
+        path = scope["path"]
+        if path.startswith(PAGE_PARTS):  # browsers fetch scripts with an origin, even their own
+            return None
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and not self._may_call(origin, headers.get(b"host", b"").decode("latin-1")):
             return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
-        if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+        if not self._keys or path in _OPEN or scope["method"] == "OPTIONS":
             return None
         bearer = headers.get(b"authorization", b"")
         key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
@@ -263,6 +290,21 @@ class Gate:
         except ValueError:  # a name, or nothing at all
             return name == "localhost"
         return address.is_loopback or page.netloc == host
+
+
+def _record(scope: Scope, headers: dict[bytes, bytes]) -> Record:
+    client = scope.get("client")
+    return Record(
+        request_id(headers.get(b"x-request-id", b"").decode("latin-1")),
+        method=scope["method"],
+        path=scope["path"],
+        client=client[0] if client else "unix",
+        trace={
+            name: headers[name.encode()].decode("latin-1")
+            for name in TRACE_HEADERS
+            if name.encode() in headers
+        },
+    )
 
 
 class _Bounded:

@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from earnest.engine import TokenEvent
 from earnest.engine.service import Load
 
 _SECONDS = (
@@ -43,6 +44,8 @@ class Metrics:
         self._between = histogram("inter_token_latency_seconds", "Between two tokens")
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token")
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last")
+        self._queue = histogram("request_queue_time_seconds", "From arrival to the first KV block")
+        self._prefill = histogram("request_prefill_time_seconds", "From there to the first token")
         self._success = Counter(
             "vllm:request_success",
             "Answers that came to an end, by reason",
@@ -58,11 +61,14 @@ class Metrics:
         """What `/metrics` answers."""
         return generate_latest(self._registry)
 
-    def _token(self, watch: Stopwatch, reason: str | None) -> None:
+    def _token(self, watch: Stopwatch, event: TokenEvent, reason: str | None) -> float:
         now = time.monotonic()
         if watch.first is None:
             watch.first = now
             self._first.observe(now - watch.begun)
+            if event.admitted_at is not None:
+                self._queue.observe(max(0.0, event.admitted_at - watch.begun))
+                self._prefill.observe(now - event.admitted_at)
         else:
             self._between.observe(now - watch.last)
         watch.last = now
@@ -70,6 +76,7 @@ class Metrics:
             self._whole.observe(now - watch.begun)
             self._decode.observe(now - watch.first)
             self._success.labels(self._model, reason).inc()
+        return now
 
 
 @dataclass
@@ -81,9 +88,9 @@ class Stopwatch:
     first: float | None = None
     last: float = 0.0
 
-    def token(self, reason: str | None) -> None:
-        """A token came; with a reason it is the last."""
-        self.metrics._token(self, reason)
+    def token(self, event: TokenEvent, reason: str | None) -> float:
+        """A token came; with a reason it is the last. Returns `time.monotonic()`."""
+        return self.metrics._token(self, event, reason)
 
 
 class _Engine(Collector):
@@ -112,12 +119,21 @@ class _Engine(Collector):
             ("prefix_cache_queries", "Tokens of prompts looked up", counters.prompt_tokens),
             ("prefix_cache_hits", "Tokens of prompts found", counters.cached_tokens),
             ("num_preemptions", "Answers put off for want of KV blocks", counters.preemptions),
+            ("spec_decode_num_drafts", "Times that tokens were guessed", counters.drafts),
             ("spec_decode_num_draft_tokens", "Tokens guessed", counters.drafted_tokens),
             ("spec_decode_num_accepted_tokens", "Guesses right", counters.accepted_tokens),
         ):
             family = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             family.add_metric([self._model], float(count))
             yield family
+        at = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Guesses right, by their place in the draft",
+            labels=["model_name", "position"],
+        )
+        for place, right in enumerate(list(counters.accepted_at)):
+            at.add_metric([self._model, str(place)], float(right))
+        yield at
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache", labels=["block_size", "num_gpu_blocks"]
         )

@@ -166,3 +166,5 @@ async def _serve(
             await loop.run_in_executor(None, service.close, 0.0)
     server.should_exit = True
     await task
+    if served.traces is not None:
+        await loop.run_in_executor(None, served.traces.close)

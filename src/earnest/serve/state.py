@@ -15,6 +15,7 @@ from earnest.errors import TokenizerError, UserError
 from earnest.files import read_bytes
 from earnest.serve.grammar import Grammars
 from earnest.serve.metrics import Metrics
+from earnest.serve.traces import Traces
 from earnest.tokenizer import Tokenizer
 
 _MAX_KEYS_BYTES = 2**20
@@ -51,6 +52,7 @@ class Served:
         api_keys: any of which lets a client in; none: everybody may.
         limits: what a request may ask for.
         origins: of web pages that browsers may call the server from.
+        traces: told of every request that has ended; None: nobody is.
     """
 
     model: LanguageModel
@@ -58,6 +60,7 @@ class Served:
     api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     origins: tuple[str, ...] = ()
+    traces: Traces | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
