@@ -66,8 +66,7 @@ def listen(address: Address) -> socket.socket:
         )[0]
     except (OSError, UnicodeError, OverflowError) as error:
         raise UserError(f"{address.host!r} port {address.port} is no address: {error}") from error
-    # With the protocol: asyncio sends small pieces at once (TCP_NODELAY) only where it knows it.
-    # Without, whatever has two pieces waits 40 ms for the other side's delayed acknowledgement.
+    # With its protocol named: only then does asyncio send small pieces without waiting for more.
     found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
