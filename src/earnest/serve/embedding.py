@@ -38,7 +38,7 @@ async def embedded(
             tuple(ids),
             SamplingParams(max_tokens=0),
             priority=priority,
-            salt=salt,
+            salt=current().tenant + salt,
             reading=Pooling(kind),
         )
         for ids in prompts
