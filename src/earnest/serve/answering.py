@@ -32,7 +32,7 @@ class Ask:
         count: answers.
         parser: reads thoughts and calls out of the text; None: it is only text.
         constraint: what the text must follow.
-        salt: only requests of the same salt share computed prefixes.
+        salt: only requests of the same salt, and of the same tenant, share computed prefixes.
         priority: the lower, the sooner.
         one_call: end after the first call of a tool.
     """
@@ -119,7 +119,7 @@ async def answers(served: Served, ask: Ask) -> AsyncGenerator[Piece, None]:
             ask.prompt_ids,
             _seeded(ask.sampling, which),
             priority=ask.priority,
-            salt=ask.salt,
+            salt=current().tenant + ask.salt,
             constraint=ask.constraint,
         )
         for which in range(ask.count)

@@ -17,6 +17,7 @@ import uvicorn
 from earnest.errors import AccessError, MachineError, UserError
 from earnest.log import logger
 from earnest.serve.app import create_app
+from earnest.serve.connection import connection_of
 from earnest.serve.state import Served
 
 # Seconds that answers under way have to come to their end once the server is told to stop.
@@ -120,7 +121,13 @@ def serve(
         address: the same; for TLS.
         ready: called when requests are taken.
     """
-    config = uvicorn.Config(
+    server = uvicorn.Server(config_of(served, address))
+    asyncio.run(_serve(server, served, listener, drain_seconds, ready))
+
+
+def config_of(served: Served, address: Address) -> uvicorn.Config:
+    """How the application is put on the wire."""
+    return uvicorn.Config(
         create_app(served),
         log_config=None,
         access_log=False,
@@ -128,11 +135,11 @@ def serve(
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
         timeout_keep_alive=75,
-        http="h11",  # which bounds the size of headers
-        h11_max_incomplete_event_size=2**16,
+        http=connection_of(served.limits),
+        h11_max_incomplete_event_size=served.limits.head_bytes,
         server_header=False,
+        ws="none",
     )
-    asyncio.run(_serve(uvicorn.Server(config), served, listener, drain_seconds, ready))
 
 
 async def _serve(

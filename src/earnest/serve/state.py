@@ -26,16 +26,22 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
+        head_bytes: size of a request's line and headers.
+        head_seconds: time in which they must have arrived.
         body_bytes: size of a request's body.
         body_seconds: time in which it must have arrived.
+        unread_seconds: time that a client may leave an answer unread.
         request_seconds: time for an answer; None: as long as it takes.
         waiting: answers that may wait before more are refused.
         answers: answers to one prompt (`n`), and prompts in one request.
         logprobs: likeliest tokens that may be listed.
     """
 
+    head_bytes: int = 2**16
+    head_seconds: float = 20.0
     body_bytes: int = 16 * 2**20
     body_seconds: float = 30.0
+    unread_seconds: float = 60.0
     request_seconds: float | None = None
     waiting: int = 1024
     answers: int = 128
