@@ -346,7 +346,7 @@ def test_the_command_knows_the_model_and_agrees_with_transformers(
     tasks: Path, model_folder: Path, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = Path(earnest.__file__).parents[1]
-    # As `site` finds `earnest.pth` beside an installed package.
+    # As `site` finds `earnest_lm_eval.pth` beside an installed package.
     (tmp_path / "sitecustomize.py").write_text(
         f"import site; site.addsitedir({str(source / 'earnest' / 'evaluate')!r})\n", "utf-8"
     )

@@ -45,16 +45,18 @@ async def embedded(
     ]
     for request in requests:
         served.model.engine.check(request)
-    turn = asyncio.Semaphore(_AT_A_TIME)
-    cached = 0
+    record, turn, cached = current(), asyncio.Semaphore(_AT_A_TIME), 0
 
     async def one(request: Request) -> Float32:
         nonlocal cached
         async with turn:
+            record.asks(served.name, len(request.prompt_ids), None, 1)
+            watch = served.metrics.clock()
             stream = served.service.stream([request], timeout=served.limits.request_seconds)
             async with aclosing(stream):
                 async for _, event in stream:
                     if event.embedding is not None:
+                        record.took(0, event, watch.read(event), None)
                         cached += event.cached_tokens or 0
                         return normalized(event.embedding) if normalize else event.embedding
         raise AssertionError("a prompt was read without a result")
@@ -64,4 +66,5 @@ async def embedded(
             tasks = [group.create_task(one(request)) for request in requests]
     except ExceptionGroup as several:
         raise several.exceptions[0] from None
+    record.finish.append("stop")
     return [task.result() for task in tasks], cached

@@ -75,8 +75,9 @@ class Record:
     last: float | None = None
     finish: list[str] = field(default_factory=list)
 
-    def asks(self, model: str, prompt: int, sampling: SamplingParams, answers: int) -> None:
-        """The engine is asked; requests with several prompts ask several times."""
+    def asks(self, model: str, prompt: int, sampling: SamplingParams | None, answers: int) -> None:
+        """The engine is asked, without `sampling` only to read; requests with several prompts ask
+        several times."""
         self.model, self.sampling = model, sampling
         self.prompt += prompt
         self.answers += answers
