@@ -225,3 +225,9 @@ def test_errors_in_a_stream_that_has_begun(start: Callable[..., Server]) -> None
                     slow, options={"num_predict": 450, "temperature": 1, "seed": seed}, stream=True
                 )
             )
+
+
+def test_what_is_loaded(client: ollama.Client) -> None:
+    (loaded,), (listed,) = client.ps().models, client.list().models
+    assert loaded.name == loaded.model == listed.model and loaded.digest == listed.digest
+    assert loaded.size == listed.size and loaded.context_length == 512

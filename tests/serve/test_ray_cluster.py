@@ -36,6 +36,7 @@ class Cluster:
             found.bind(("127.0.0.1", 0))
             port = found.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
+        self.logs = home / "ray" / "session_latest" / "logs"
         arguments = ("--replicas", "2", "--port", str(port), "--api-key-file", str(keys))
         self.process = subprocess.Popen(
             [sys.executable, "-m", "earnest", "deploy", "stories", *arguments],
@@ -183,17 +184,14 @@ def a_replica_that_is_killed_is_not_missed(cluster: Cluster, client: httpx.Clien
     before = both(client)
     streams: dict[str, Iterator[str]] = {}
     with ThreadPoolExecutor(8) as pool, ExitStack() as stack:
-        body = STORY | {"stream": True}
+        long = STORY | {"n": 3, "temperature": 1.5}
         while len(streams) < 2:
-            asked = client.stream("POST", "/v1/completions", json=body)
+            asked = client.stream("POST", "/v1/completions", json=long | {"stream": True})
             reply = stack.enter_context(asked)
             streams[replica(reply)] = reply.iter_lines()
-        asks = [
-            pool.submit(complete, client, **STORY | {"prompt": f"Story {n}:", "seed": n})
-            for n in range(8)
-        ]
-        while sum(metric(client, "num_requests_running").values()) < 4:
-            assert not all(ask.done() for ask in asks)
+        asks = [pool.submit(complete, client, **long | {"seed": 10 * n}) for n in range(6)]
+        for lines in streams.values():  # the other requests arrive meanwhile
+            assert all(next(lines) is not None for _ in range(60))
         os.kill(cluster.replicas()[0], signal.SIGKILL)
         for ask in asks:  # none of them had begun to answer
             assert ask.result().status_code == 200, ask.result().text
@@ -220,6 +218,8 @@ def the_end_lets_streams_come_to_theirs(cluster: Cluster, client: httpx.Client) 
     _, problems = cluster.process.communicate(timeout=60)
     assert cluster.process.returncode == 0, problems
     assert cluster.replicas() == []
+    told = "".join(path.read_text() for path in cluster.logs.rglob("*.err"))
+    assert " path=/v1/completions " in told and "Once upon" not in told
     with pytest.raises(httpx.ConnectError):
         client.get("/health")
 

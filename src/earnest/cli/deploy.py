@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from earnest import hub
+from earnest import env, hub
 from earnest.checkpoint import open_checkpoint
 from earnest.cli.terminal import notice, out, progress_bar
 from earnest.errors import MachineError, MissingPackageError, UserError
@@ -135,6 +135,8 @@ def command(
             raise MachineError("the replicas cannot be started", got=error) from error
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
+        if host not in ("127.0.0.1", "localhost", "::1") and not (api_key_file or env.api_keys()):
+            notice(f"anybody who reaches {host} may use it; --api-key-file asks for a key")
         shown = f"[{host}]" if ":" in host else host
         many = f"{replicas} replicas" if replicas > 1 else "1 replica"
         out.print(f"serving {model} with {many} at http://{shown}:{port} (Ctrl-C ends it)")

@@ -12,7 +12,7 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 from ray import serve
@@ -27,10 +27,13 @@ from starlette.types import Message
 
 from earnest import env
 from earnest.engine import load
+from earnest.serve import journal
 from earnest.serve.app import create_app
 from earnest.serve.http import ApiError, error_response
+from earnest.serve.journal import LogFormat
 from earnest.serve.ray_router import beginnings
 from earnest.serve.state import Limits, Served, keys_in
+from earnest.serve.traces import Traces
 
 # How often a request is given to another replica when the one that had it dies before its answer
 # has begun.
@@ -61,6 +64,11 @@ class Options(BaseModel):
         health_period: seconds between Ray's questions whether a replica is well.
         slack: how much busier, in requests, a replica may be than the idlest and still get the
             prompts whose beginnings it knows.
+        speculation: "prompt" guesses ahead from the text itself, "off" does not.
+        log_level: "info": a line for each request in the replica's log.
+        log_format: "text" or "json".
+        otlp_traces_endpoint: where OpenTelemetry traces are sent; by default nowhere.
+        allow_missing_correction_bias: open a mixture of experts without its correction bias.
         actor: more of Ray's `ray_actor_options` for the replicas.
     """
 
@@ -82,6 +90,11 @@ class Options(BaseModel):
     max_waiting: int = Field(1024, ge=1)
     health_period: float = Field(10.0, gt=0)
     slack: int = Field(8, ge=0)
+    speculation: Literal["prompt", "off"] = "prompt"
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: LogFormat = "text"
+    otlp_traces_endpoint: str | None = None
+    allow_missing_correction_bias: bool = False
     actor: dict[str, Any] = Field(default_factory=dict)
 
     @property
@@ -150,10 +163,14 @@ class Model:
     """A replica: an engine and the whole server, but for the socket."""
 
     def __init__(self, options: Options, keys: tuple[str, ...]) -> None:
+        journal.configure(options.log_level, options.log_format)
+        endpoint = options.otlp_traces_endpoint
         opened = load(
             options.model,
             max_context=options.context,
             threads=options.threads or max(1, int(options.cpus)),
+            speculation=None if options.speculation == "off" else options.speculation,
+            allow_missing_correction_bias=options.allow_missing_correction_bias,
         )
         self._served = Served(
             opened,
@@ -161,6 +178,7 @@ class Model:
             api_keys=keys,
             limits=options.limits,
             origins=tuple(options.cors),
+            traces=None if endpoint is None else Traces(endpoint),
         )
         self._service = self._served.service
         self._app = create_app(self._served)

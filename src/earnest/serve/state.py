@@ -15,6 +15,7 @@ from earnest.errors import TokenizerError, UserError
 from earnest.files import read_bytes
 from earnest.serve.grammar import Grammars
 from earnest.serve.metrics import Metrics
+from earnest.serve.strict_calls import Overruns
 from earnest.serve.traces import Traces
 from earnest.tokenizer import Tokenizer
 
@@ -110,6 +111,11 @@ class Served:
         tokenizer = self.model.tokenizer
         known = min(self.model.config.vocab_size, tokenizer.vocab_size)
         return [tokenizer.token_bytes(i) for i in range(known)]
+
+    @cached_property
+    def overruns(self) -> Overruns:
+        """Tokens that would begin a call of a tool unseen."""
+        return Overruns(self.pieces, self.model.config.vocab_size)
 
 
 def keys_in(path: Path | None) -> tuple[str, ...]:
