@@ -110,6 +110,11 @@ def test_more_texts_than_run_at_a_time(client: openai.OpenAI, stories: LanguageM
     )
 
 
+def test_one_request_does_not_fill_the_queue(start: Callable[..., Server]) -> None:
+    server = start(limits={"waiting": 2})
+    assert vectors(post(server, input=["Tom ran."] * 20)).shape[0] == 20
+
+
 @pytest.mark.parametrize(
     "body, named",
     [

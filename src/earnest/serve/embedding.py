@@ -45,7 +45,8 @@ async def embedded(
     ]
     for request in requests:
         served.model.engine.check(request)
-    record, turn, cached = current(), asyncio.Semaphore(_AT_A_TIME), 0
+    turn = asyncio.Semaphore(max(1, min(_AT_A_TIME, served.limits.waiting)))
+    record, cached = current(), 0
 
     async def one(request: Request) -> Float32:
         nonlocal cached
