@@ -1,4 +1,5 @@
-"""Write the tables of docs/serve.md from the code: options of the command, parameters of requests.
+"""Write the tables of docs/serve.md and docs/ray.md from the code: options of the command,
+parameters of requests, arguments of the application.
 
 python tools/serve_tables.py            # writes them
 python tools/serve_tables.py --check    # fails if they are not as the code says
@@ -29,7 +30,7 @@ from earnest.serve import (
     plain,
 )
 
-PAGE = Path(__file__).resolve().parents[1] / "docs" / "serve.md"
+_DOCS = Path(__file__).resolve().parents[1] / "docs"
 
 BODIES: dict[str, type[BaseModel]] = {
     "/v1/chat/completions": openai_chat.ChatBody,
@@ -193,23 +194,44 @@ def options_table() -> str:
     return "\n".join(lines)
 
 
-def written(text: str) -> str:
+def arguments_table() -> str:
+    """The arguments of `earnest.serve.ray_app:build`."""
+    from earnest.serve.ray_app import Options
+
+    told = dict(
+        re.findall(r"^    (\w+): (.*(?:\n {8}.*)*)", inspect.getdoc(Options) or "", re.MULTILINE)
+    )
+    lines = ["| argument | default | |", "|---|---|---|"]
+    for name, info in Options.model_fields.items():
+        default = "" if info.is_required() or info.default is None else info.default
+        shown = "" if info.default_factory is not None else default
+        lines.append(f"| `{name}` | {shown} | {' '.join(told[name].split())} |")
+    return "\n".join(lines)
+
+
+# The pages that have tables, and what makes each of them.
+PAGES = {
+    _DOCS / "serve.md": {"options": options_table, "parameters": parameters_table},
+    _DOCS / "ray.md": {"arguments": arguments_table},
+}
+
+
+def written(page: Path) -> str:
     """The page with its tables as the code says."""
-    for name, table in (("options", options_table()), ("parameters", parameters_table())):
-        begin, end = f"<!-- {name}: from the code -->", f"<!-- {name}: end -->"
-        text, count = re.subn(
-            f"(?<={re.escape(begin)}\n).*?(?={re.escape(end)})",
-            lambda _, table=table: f"\n{table}\n\n",
-            text,
-            flags=re.DOTALL,
-        )
-        if count != 1:
-            raise SystemExit(f"{PAGE} has no place for {name}")
+    text = page.read_text(encoding="utf-8")
+    for name, make in PAGES[page].items():
+        begin, end = f"<!-- {name}: from the code -->\n", f"<!-- {name}: end -->"
+        before, _, rest = text.partition(begin)
+        _, found, after = rest.partition(end)
+        if not found:
+            raise SystemExit(f"{page} has no place for {name}")
+        text = f"{before}{begin}\n{make()}\n\n{end}{after}"
     return text
 
 
 if __name__ == "__main__":
-    page = PAGE.read_text(encoding="utf-8")
-    if "--check" in sys.argv:
-        sys.exit(0 if written(page) == page else "docs/serve.md is not as the code says")
-    PAGE.write_text(written(page), encoding="utf-8")
+    for page in PAGES:
+        if "--check" not in sys.argv:
+            page.write_text(written(page), encoding="utf-8")
+        elif written(page) != page.read_text(encoding="utf-8"):
+            sys.exit(f"{page} is not as the code says")

@@ -84,6 +84,10 @@ def test_every_block_runs(page: str, server: stories_server.Process, tmp_path: P
     assert ran
 
 
+def test_what_runs_nowhere_has_a_reason() -> None:
+    assert all(block.why_not for block in blocks("ray") if block.language in ("sh", "python"))
+
+
 def _workplace(folder: Path, model: Path) -> Path:
     """A folder where `earnest` is this source, and where examples may leave their files."""
     tools = folder / "bin"

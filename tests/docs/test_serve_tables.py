@@ -1,4 +1,4 @@
-"""The tables of docs/serve.md are what the code says, and what the server does."""
+"""The tables of the pages about serving are what the code says, and what the server does."""
 
 from __future__ import annotations
 
@@ -43,9 +43,12 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     assert process.end() == 0
 
 
-def test_the_page_is_as_the_code_says() -> None:
-    page = serve_tables.PAGE.read_text(encoding="utf-8")
-    assert serve_tables.written(page) == page, "run: python tools/serve_tables.py"
+@pytest.mark.parametrize("page", serve_tables.PAGES, ids=lambda page: page.name)
+def test_the_page_is_as_the_code_says(page: Path) -> None:
+    if page.name == "ray.md":
+        pytest.importorskip("ray", reason="Ray is not installed")
+    told = page.read_text(encoding="utf-8")
+    assert serve_tables.written(page) == told, "run: python tools/serve_tables.py"
 
 
 @pytest.mark.parametrize("path", serve_tables.BODIES)

@@ -303,16 +303,6 @@ doc_to_choice: "{{{{choices}}}}"
 doc_to_target: 0
 metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
 """
-PERPLEXITY = """\
-task: harbour_perplexity
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {documents}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{question}}}}"
-metric_list: [{{metric: word_perplexity}}]
-"""
 ANSWERS = """\
 task: harbour_answers
 dataset_path: json
@@ -324,7 +314,7 @@ doc_to_target: "{{{{choices[0]}}}}"
 generation_kwargs: {{until: ["e"], max_gen_toks: 16}}
 metric_list: [{{metric: exact_match}}]
 """
-TASKS = ["harbour_choices", "harbour_perplexity", "harbour_answers"]
+TASKS = ["harbour_choices", "harbour_answers"]
 
 
 @pytest.fixture(scope="module")
@@ -337,19 +327,41 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for other in TEXTS[2:6]
     ]
     documents.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    for task, text in zip(TASKS, (CHOICES, PERPLEXITY, ANSWERS), strict=True):
+    for task, text in zip(TASKS, (CHOICES, ANSWERS), strict=True):
         (folder / f"{task}.yaml").write_text(text.format(documents=documents), encoding="utf-8")
     return folder
 
 
-def test_the_command_knows_the_model_and_agrees_with_transformers(
-    tasks: Path, model_folder: Path, theirs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def as_installed(folder: Path) -> dict[str, str]:
+    """An environment in which `site` finds `earnest_lm_eval.pth` as beside an installed package."""
     source = Path(earnest.__file__).parents[1]
-    # As `site` finds `earnest.pth` beside an installed package.
-    (tmp_path / "sitecustomize.py").write_text(
+    (folder / "sitecustomize.py").write_text(
         f"import site; site.addsitedir({str(source / 'earnest' / 'evaluate')!r})\n", "utf-8"
     )
+    return os.environ | {"PYTHONPATH": os.pathsep.join([str(folder), str(source)])}
+
+
+def test_other_programs_import_nothing_of_it(tmp_path: Path) -> None:
+    seen = "import sys; print([name for name in sys.modules if name[:7] in ('earnest', 'lm_eval')])"
+    done = subprocess.run(
+        [sys.executable, "-c", seen],
+        env=as_installed(tmp_path),
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_the_command_knows_the_model_and_agrees_with_transformers(
+    tasks: Path,
+    model_folder: Path,
+    ours: EarnestLM,
+    theirs: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     quiet = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"}
     command = [
         *(str(Path(sys.executable).with_name("lm_eval")), "--model", "earnest"),
@@ -359,7 +371,7 @@ def test_the_command_knows_the_model_and_agrees_with_transformers(
     ]
     done = subprocess.run(
         command,
-        env=os.environ | quiet | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(source)])},
+        env=as_installed(tmp_path) | quiet,
         capture_output=True,
         text=True,
         timeout=300,
@@ -374,8 +386,12 @@ def test_the_command_knows_the_model_and_agrees_with_transformers(
     from lm_eval import simple_evaluate
     from lm_eval.tasks import TaskManager
 
+    manager = TaskManager(include_path=str(tasks), include_defaults=False)
     expected = simple_evaluate(
-        model=theirs, tasks=TASKS, task_manager=TaskManager(include_path=str(tasks))
+        model=theirs,
+        tasks=TASKS,
+        task_manager=manager,
+        bootstrap_iters=0,
     )
     assert expected is not None
     for task in TASKS:
@@ -383,3 +399,17 @@ def test_the_command_knows_the_model_and_agrees_with_transformers(
             if isinstance(value, float):
                 assert stated["results"][task][metric] == pytest.approx(value, rel=1e-5), metric
     assert len(list((tmp_path / "results").rglob("samples_*.jsonl"))) == len(TASKS)
+
+    talks = [
+        simple_evaluate(
+            model=model,
+            tasks=TASKS[1:],
+            task_manager=manager,
+            apply_chat_template=True,
+            system_instruction="Be brief.",
+            bootstrap_iters=0,
+        )
+        for model in (theirs, ours)
+    ]
+    said = [[row["resps"] for row in talk["samples"][TASKS[1]]] for talk in talks if talk]
+    assert said[0] == said[1] and len(said[0]) == 24

@@ -12,8 +12,7 @@ import threading
 
 import uvicorn
 
-from earnest.serve.app import create_app
-from earnest.serve.run import Address, listen
+from earnest.serve.run import Address, config_of, listen
 from earnest.serve.state import Served
 
 
@@ -22,17 +21,22 @@ class Server:
 
     def __init__(self, served: Served) -> None:
         self.served = served
-        listener = listen(Address(port=0))
+        address = Address(port=0)
+        listener = listen(address)
         self.port = int(listener.getsockname()[1])
         self.url = f"http://127.0.0.1:{self.port}"
-        config = uvicorn.Config(create_app(served), log_config=None, lifespan="off")
-        self._server = uvicorn.Server(config)
+        self._server = uvicorn.Server(config_of(served, address))
         self._thread = threading.Thread(
             target=lambda: asyncio.run(self._server.serve(sockets=[listener]))
         )
         self._thread.start()
         while not self._server.started:
             assert self._thread.is_alive()
+
+    @property
+    def connections(self) -> int:
+        """Open ones."""
+        return len(self._server.server_state.connections)
 
     def close(self) -> None:
         self._server.should_exit = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -16,6 +17,7 @@ from running import Server
 
 from earnest.engine.language_model import LanguageModel, load
 from earnest.runners.native import isa
+from earnest.serve.journal import Record
 from earnest.serve.state import Served
 
 TEXTS = ["Once upon a time", "The big red dog ran to the park and played.", "a"]
@@ -106,6 +108,11 @@ def test_more_texts_than_run_at_a_time(client: openai.OpenAI, stories: LanguageM
     assert found[[0, 77, 149]] == pytest.approx(
         stories.embed([texts[0], texts[77], texts[149]]), abs=1e-5
     )
+
+
+def test_one_request_does_not_fill_the_queue(start: Callable[..., Server]) -> None:
+    server = start(limits={"waiting": 2})
+    assert vectors(post(server, input=["Tom ran."] * 20)).shape[0] == 20
 
 
 @pytest.mark.parametrize(
@@ -223,3 +230,34 @@ def test_ollama_refuses_by_name(server: Server, body: dict[str, Any], named: str
     reply = post(server, "/api/embed", **{"model": "stories"} | body)
     assert reply.status_code in (400, 404, 422)
     assert named in reply.json()["error"]
+
+
+def test_they_are_counted(server: Server) -> None:
+    def counted() -> float:
+        page = httpx.get(f"{server.url}/metrics").text
+        return sum(
+            float(line.split()[-1])
+            for line in page.splitlines()
+            if line.startswith("vllm:request_success_total") and '"stop"' in line
+        )
+
+    before = counted()
+    reply = post(server, input=TEXTS)
+    assert reply.status_code == 200
+    assert counted() == before + len(TEXTS)
+
+
+def test_they_have_a_line_in_the_log(
+    server: Server, stories: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    records: list[Any] = []
+    monkeypatch.setattr(Record, "write", lambda self: records.append(self.to_dict()))
+    post(server, input=TEXTS)
+    for _ in range(200):
+        if records:
+            break
+        time.sleep(0.01)
+    (record,) = records
+    assert record["prompt_tokens"] == sum(len(stories.text_ids(text)) for text in TEXTS)
+    assert (record["completion_tokens"], record["finish_reason"]) == (0, "stop")
+    assert record["time_to_first_token"] > 0

@@ -141,7 +141,9 @@ def test_a_stream_that_ends_with_an_error(
     reply = httpx.post(f"{server.url}/v1/completions", json=body)
     assert reply.status_code == 200 and "too late" in reply.text
     found = log.last()
-    assert found["status"] == 504 and found["level"] == "error" and found["error"] == "api_error"
+    assert (
+        found["status"] == 504 and found["level"] == "error" and found["error"] == "timeout_error"
+    )
 
 
 def test_a_defect_is_told_once_with_the_id(

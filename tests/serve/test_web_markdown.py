@@ -73,6 +73,7 @@ MARKDOWN = {
     "<strong>strong</strong> <em><strong>both</strong></em> <del>gone</del> <code>a*b</code></p>",
     "snake_case_name and 2 * 3 * 4 \\*no\\*": "<p>snake_case_name and 2 * 3 * 4 *no*</p>",
     "**a *b* c**": "<p><strong>a <em>b</em> c</strong></p>",
+    "**重点：**内容**“引”**后": "<p><strong>重点：</strong>内容<strong>“引”</strong>后</p>",
     "*open **never": "<p>*open **never</p>",
     "# One\n## Two ##\ntext\nmore": "<h3>One</h3><h4>Two</h4><p>text<br>more</p>",
     "- a\n- b\n  - c\n    1. d": "<ul><li>a</li><li>b<ul><li>c<ol><li>d</li></ol></li></ul>"

@@ -23,7 +23,7 @@ def slowly(monkeypatch: pytest.MonkeyPatch) -> None:
     step = ReferenceRunner.step
 
     def slow(self: ReferenceRunner, *arguments: Any) -> Any:
-        time.sleep(0.02)
+        time.sleep(0.05)
         return step(self, *arguments)
 
     monkeypatch.setattr(ReferenceRunner, "step", slow)
@@ -98,6 +98,20 @@ def test_an_answer_arrives_in_pieces(visit: Visits, server: Server, slowly: None
     expect(page.locator("#used")).to_have_text(f"{used} of 512 tokens")
 
 
+def test_what_had_come_survives_a_reload(visit: Visits, server: Server, slowly: None) -> None:
+    page = visit(server)
+    answer = say(page, wait=False)
+    expect(answer.locator(".body")).to_contain_text(re.compile(r"\w+ \w+"))
+    page.reload()
+    expect(page.locator(".assistant .stats")).to_contain_text("stopped")
+    expect(page.locator(".assistant .body")).to_contain_text(re.compile(r"\w+ \w+"))
+    expect(page.locator("#send")).to_have_attribute("aria-label", "Send")
+    until = time.monotonic() + 5
+    while server.served.service.load.running and time.monotonic() < until:
+        time.sleep(0.02)
+    assert server.served.service.load.running == 0
+
+
 @pytest.mark.parametrize("how", ["click", "Escape"])
 def test_stop_stops_and_the_server_gives_it_up(
     visit: Visits, server: Server, slowly: None, how: str
@@ -130,6 +144,7 @@ def test_regenerate_keeps_both_versions(visit: Visits, server: Server) -> None:
     answer.get_by_label("Regenerate").click()
     expect(page.locator(".assistant .body")).to_have_text("The second.")
     assert asked[0] == asked[1]
+    expect(page.locator("#prompt")).to_be_focused()
     expect(page.locator(".assistant .versions")).to_have_text("2 / 2")
     page.get_by_label("Earlier version").click()
     expect(page.locator(".assistant .body")).to_have_text("The first.")

@@ -12,12 +12,9 @@ from earnest import env
 from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar, speculation_option
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
-from earnest.files import read_bytes
 
 if TYPE_CHECKING:
     from earnest.serve.traces import Traces
-
-_MAX_KEYS_BYTES = 2**20
 
 EPILOG = """\b
 Examples:
@@ -117,7 +114,7 @@ def command(
     try:
         from earnest.serve import journal
         from earnest.serve.run import Address, listen, serve
-        from earnest.serve.state import Limits, Served
+        from earnest.serve.state import Limits, Served, keys_in
     except ImportError as error:
         raise MissingPackageError(
             "earnest serve needs packages that are not installed",
@@ -126,7 +123,7 @@ def command(
         ) from error
     if (tls_certificate is None) != (tls_key is None):
         raise UserError("--tls-certificate and --tls-key belong together")
-    keys = (*api_key, *env.api_keys(), *_keys_in(api_key_file))
+    keys = (*api_key, *env.api_keys(), *keys_in(api_key_file))
     address = Address(host, port, unix_socket, tls_certificate, tls_key)
     journal.configure(log_level, log_format)
     traces = _traces(otlp_traces_endpoint)
@@ -183,16 +180,3 @@ def _traces(endpoint: str | None) -> Traces | None:
             raise
         notice(f"no traces are sent: {error.problem}; {error.remedy}")
         return None
-
-
-def _keys_in(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
-    try:
-        text = read_bytes(path, _MAX_KEYS_BYTES).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} holds no text", expected="a key on each line") from error
-    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not keys:
-        raise UserError(f"{path} holds no keys", expected="one on each line")
-    return keys

@@ -1,8 +1,8 @@
 """`--model earnest` for the `lm_eval` command, as far as it does not find it by itself.
 
 lm_eval looks for models of other packages by entry point (group `lm_eval.models`) in the releases
-after 0.4.13. For those before, the file `earnest.pth` beside the installed package imports this
-module, only in processes whose command is `lm_eval`. In your own program, call `register`.
+after 0.4.13. For those before, the file `earnest_lm_eval.pth` beside the installed package imports
+this module, only in processes whose command is `lm_eval`. In your own program, call `register`.
 """
 
 from __future__ import annotations

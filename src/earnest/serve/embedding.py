@@ -9,6 +9,7 @@ from contextlib import aclosing
 from earnest.engine import Pooling, PoolingKind, Request, SamplingParams
 from earnest.engine.reading import normalized
 from earnest.runners.base import Float32
+from earnest.serve.journal import current
 from earnest.serve.state import Served
 
 # Texts of one request: as many as OpenAI takes.
@@ -37,23 +38,26 @@ async def embedded(
             tuple(ids),
             SamplingParams(max_tokens=0),
             priority=priority,
-            salt=salt,
+            salt=current().tenant + salt,
             reading=Pooling(kind),
         )
         for ids in prompts
     ]
     for request in requests:
         served.model.engine.check(request)
-    turn = asyncio.Semaphore(_AT_A_TIME)
-    cached = 0
+    turn = asyncio.Semaphore(max(1, min(_AT_A_TIME, served.limits.waiting)))
+    record, cached = current(), 0
 
     async def one(request: Request) -> Float32:
         nonlocal cached
         async with turn:
+            record.asks(served.name, len(request.prompt_ids), None, 1)
+            watch = served.metrics.clock()
             stream = served.service.stream([request], timeout=served.limits.request_seconds)
             async with aclosing(stream):
                 async for _, event in stream:
                     if event.embedding is not None:
+                        record.took(0, event, watch.read(event), None)
                         cached += event.cached_tokens or 0
                         return normalized(event.embedding) if normalize else event.embedding
         raise AssertionError("a prompt was read without a result")
@@ -63,4 +67,5 @@ async def embedded(
             tasks = [group.create_task(one(request)) for request in requests]
     except ExceptionGroup as several:
         raise several.exceptions[0] from None
+    record.finish.append("stop")
     return [task.result() for task in tasks], cached

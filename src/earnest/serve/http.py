@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from ipaddress import ip_address
 from typing import Any, TypeVar
@@ -48,14 +48,13 @@ _STATUS: tuple[tuple[type[EarnestError], int], ...] = (
     (TemplateError, 400),
 )
 _KINDS = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
-    422: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -81,9 +80,14 @@ def api_error(error: EarnestError) -> ApiError:
     return ApiError(status, str(error))
 
 
+def _kind(error: ApiError) -> str:
+    other = "invalid_request_error" if error.status < 500 else "api_error"
+    return _KINDS.get(error.status, other)
+
+
 def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, Any]:
     """An error in the words of the interface that `path` belongs to."""
-    kind = _KINDS.get(error.status, "api_error")
+    kind = _kind(error)
     if path.startswith("/v1/messages"):
         body = {"type": "error", "error": {"type": kind, "message": error.message}}
         return body | {"request_id": request_id}
@@ -93,11 +97,14 @@ def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, An
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 
-def error_response(request: Request, error: ApiError) -> Response:
+def error_response(
+    request: Request, error: ApiError, headers: Mapping[str, str] | None = None
+) -> Response:
     """The error, and how to come again."""
-    record = current()
-    record.error, record.param = _KINDS.get(error.status, "api_error"), error.param
-    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
+    record, headers = current(), dict(headers or {})
+    record.error, record.param = _kind(error), error.param
+    if error.status in (429, 503):
+        headers["retry-after"] = "1"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     request_id = request.scope.get("request_id", "")
@@ -150,7 +157,6 @@ class _Stream(Response):
     ) -> None:
         self.status_code, self.media_type, self.background = 200, media_type, None
         self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
-        del self.headers["content-length"]
         self._path, self._first, self._source = request.url.path, first, source
         self._ping, self._wrap_error = ping, wrap_error
         self._silent = True
@@ -182,7 +188,7 @@ class _Stream(Response):
             except (EarnestError, ApiError) as error:
                 found = error if isinstance(error, ApiError) else api_error(error)
                 record = current()
-                record.error, record.status = _KINDS.get(found.status, "api_error"), found.status
+                record.error, record.status = _kind(found), found.status
                 await send(_body(self._wrap_error(error_body(self._path, found))))
         self._ping = b""
         await send(_body(b"", more=False))
@@ -250,12 +256,15 @@ class Gate:
         record = _record(scope, headers)
         scope["request_id"] = record.id
         begin(record)
+        name = record.id.encode()
+        own = [(b"x-request-id", name)]
+        if record.path.startswith("/v1/messages"):
+            own.append((b"request-id", name))  # as Anthropic's clients know it
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                named = (b"x-request-id", record.id.encode())
-                message = {**message, "headers": [*message.get("headers", []), named]}
+                message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
             if message["type"] == "http.response.body":
                 record.complete = not message.get("more_body", False)
@@ -287,6 +296,8 @@ class Gate:
         kept = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-type"]
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
+        if self._keys:
+            current().tenant = _hashed(_key_of(headers))[:16]
         await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), send)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
@@ -302,11 +313,10 @@ class Gate:
             return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
         if not self._keys or path in _OPEN or scope["method"] == "OPTIONS":
             return None
-        bearer = headers.get(b"authorization", b"")
-        key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
         # All are compared, each in constant time: neither which key nor how much of it was right
         # shows in how long it takes.
-        known = [hmac.compare_digest(_hashed(key.decode("latin-1").strip()), k) for k in self._keys]
+        key = _hashed(_key_of(headers))
+        known = [hmac.compare_digest(key, k) for k in self._keys]
         if any(known):
             return None
         return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
@@ -371,6 +381,12 @@ class _Bounded:
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request is too large: at most {limit:,} bytes are taken")
+
+
+def _key_of(headers: Mapping[bytes, bytes]) -> str:
+    bearer = headers.get(b"authorization", b"")
+    key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
+    return key.decode("latin-1").strip()
 
 
 def _hashed(key: str) -> bytes:

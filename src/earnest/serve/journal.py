@@ -37,6 +37,8 @@ class Record:
         id: the client's own, or a fresh one; in every reply as `x-request-id`.
         method, path, client: of HTTP; the client is an address.
         trace: headers that tell of the trace it belongs to.
+        tenant: a hash of its API key; nothing where there are no keys. Different tenants share no
+            computed prefixes.
         began, began_at: when it came, and the same by the calendar (seconds since 1970).
         status: of the reply, or of the error that ended a stream; 499 if the client had gone before
             it began.
@@ -54,6 +56,7 @@ class Record:
     path: str = ""
     client: str = ""
     trace: dict[str, str] = field(default_factory=dict)
+    tenant: bytes = field(default=b"", repr=False)
     began: float = field(default_factory=time.monotonic)
     began_at: float = field(default_factory=time.time)
     status: int = 0
@@ -72,8 +75,9 @@ class Record:
     last: float | None = None
     finish: list[str] = field(default_factory=list)
 
-    def asks(self, model: str, prompt: int, sampling: SamplingParams, answers: int) -> None:
-        """The engine is asked; requests with several prompts ask several times."""
+    def asks(self, model: str, prompt: int, sampling: SamplingParams | None, answers: int) -> None:
+        """The engine is asked, without `sampling` only to read; requests with several prompts ask
+        several times."""
         self.model, self.sampling = model, sampling
         self.prompt += prompt
         self.answers += answers

@@ -72,9 +72,7 @@ class Metrics:
         if watch.first is None:
             watch.first = now
             self._first.observe(now - watch.begun)
-            if event.admitted_at is not None:
-                self._queue.observe(max(0.0, event.admitted_at - watch.begun))
-                self._prefill.observe(now - event.admitted_at)
+            self._admitted(watch, event, now)
         else:
             self._between.observe(now - watch.last)
         watch.last = now
@@ -83,6 +81,18 @@ class Metrics:
             self._decode.observe(now - watch.first)
             self._success.labels(self._model, reason).inc()
         return now
+
+    def _read(self, watch: Stopwatch, event: TokenEvent) -> float:
+        now = time.monotonic()
+        self._admitted(watch, event, now)
+        self._whole.observe(now - watch.begun)
+        self._success.labels(self._model, "stop").inc()
+        return now
+
+    def _admitted(self, watch: Stopwatch, event: TokenEvent, now: float) -> None:
+        if event.admitted_at is not None:
+            self._queue.observe(max(0.0, event.admitted_at - watch.begun))
+            self._prefill.observe(now - event.admitted_at)
 
 
 @dataclass
@@ -97,6 +107,10 @@ class Stopwatch:
     def token(self, event: TokenEvent, reason: str | None) -> float:
         """A token came; with a reason it is the last. Returns `time.monotonic()`."""
         return self.metrics._token(self, event, reason)
+
+    def read(self, event: TokenEvent) -> float:
+        """A prompt was read, and nothing is to be written. Returns `time.monotonic()`."""
+        return self.metrics._read(self, event)
 
 
 class _Histogram(Collector):

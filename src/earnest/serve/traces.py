@@ -26,6 +26,8 @@ _OPERATIONS = {
     "/v1/completions": "text_completion",
     "/api/generate": "text_completion",
     "/v1/embeddings": "embeddings",
+    "/api/embed": "embeddings",
+    "/api/embeddings": "embeddings",
 }
 
 
@@ -154,10 +156,10 @@ def _generation(record: Record, operation: str) -> dict[str, Any]:
         "gen_ai.usage.output_tokens": record.completion,
         "gen_ai.response.finish_reasons": record.finish,
     }
-    if record.answers > 1:
-        found["gen_ai.request.choice.count"] = record.answers
     sampling = record.sampling
     if sampling is not None:
+        if record.answers > 1:
+            found["gen_ai.request.choice.count"] = record.answers
         given = {
             "max_tokens": sampling.max_tokens,
             "temperature": sampling.temperature,

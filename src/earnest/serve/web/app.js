@@ -283,6 +283,8 @@ async function answer(parent) {
   follows = true;
   showMessages();
   toEnd();
+  // The button that was pressed is gone; let the keyboard go on somewhere.
+  if (document.activeElement === document.body && !touch.matches) prompt.focus();
   await save(mine);
   await showList();
   announce(mine.kind === "text" ? "Writing" : "Answering");
@@ -362,7 +364,7 @@ function onKey(event) {
 
 prompt.addEventListener("input", resize);
 prompt.addEventListener("keydown", (event) => {
-  if (event.isComposing) return;
+  if (event.isComposing || event.keyCode === 229) return; // an input method takes the key
   const enters = event.key === "Enter" && !event.shiftKey && !event.altKey;
   // On a phone, and in a text, Enter begins a line.
   const plain = !touch.matches && conversation.kind === "chat";
@@ -402,7 +404,10 @@ addEventListener("popstate", () => {
   if (id !== conversation.id) (id ? open : startNew)(id);
 });
 addEventListener("pagehide", () => {
-  for (const running of answers.values()) save(running.conversation);
+  // The database would not get to it any more; this is done at once.
+  if (answers.size > 0) {
+    remember("rescued", [...answers.values()].map(({ conversation: { id }, node }) => ({ id, node })));
+  }
 });
 store.onChange(async (id) => {
   if (!answers.has(conversation.id) && conversation.leaf && (id === conversation.id || id === null)) {
@@ -415,6 +420,18 @@ store.onChange(async (id) => {
   await showList();
 });
 
+/** Take up what had come of answers when the page was closed. */
+async function rescue() {
+  for (const { id, node } of remembered("rescued", [])) {
+    const found = await store.get(id);
+    if (found?.nodes[node.id]?.state !== "running") continue;
+    found.nodes[node.id] = node;
+    await save(settle(found));
+  }
+  remember("rescued", null);
+}
+
+await rescue();
 showSidebar(!narrow.matches && remembered("sidebar", true));
 if (!store.lasting) toast("This browser keeps nothing: conversations end with the page.");
 if (location.hash.length > 1) await open(location.hash.slice(1));

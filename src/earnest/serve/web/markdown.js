@@ -264,6 +264,7 @@ function filled(tag, text, options = {}) {
 }
 
 const SPECIAL = /[\\`*_~[\]!<&\n]|\$\$|https?:\/\//g;
+const CJK = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}]/u;
 const PUNCTUATION = /[!-/:-@[-`{-~]/;
 
 function inline(into, text) {
@@ -370,8 +371,10 @@ function inline(into, text) {
     const count = end - from;
     const before = from === 0 ? " " : text[from - 1];
     const after = text[end] ?? " ";
-    const left = !/\s/.test(after) && (!isPunctuation(after) || /\s/.test(before) || isPunctuation(before));
-    const right = !/\s/.test(before) && (!isPunctuation(before) || /\s/.test(after) || isPunctuation(after));
+    // Chinese and Japanese put no spaces around: there `**重点：**内容` is meant to be bold, too.
+    const loose = (character) => /\s/.test(character) || isPunctuation(character) || CJK.test(character);
+    const left = !/\s/.test(after) && (!isPunctuation(after) || loose(before));
+    const right = !/\s/.test(before) && (!isPunctuation(before) || loose(after));
     const node = say(text.slice(from, end));
     const open = mark === "_" ? left && (!right || isPunctuation(before)) : left;
     const close = mark === "_" ? right && (!left || isPunctuation(after)) : right;

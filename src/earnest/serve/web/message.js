@@ -19,7 +19,7 @@ export class MessageView {
   constructor(node, kind, acts) {
     Object.assign(this, { node, kind, acts });
     const answer = node.role === "assistant";
-    this.body = el("div", { class: answer && kind === "chat" ? "body prose" : "body plain", dir: "auto" });
+    this.body = el("div", { class: answer && kind === "chat" ? "body prose" : "body plain", dir: "auto", lang: "" });
     this.article = el("article", { "aria-label": answer ? "Model" : "You" });
     this.element = el("li", { class: `message ${node.role} ${kind}` }, this.article);
     if (answer) {
@@ -133,7 +133,8 @@ export class MessageView {
     if (state === "stopped") parts.push("stopped");
     else if (finish === "length") parts.push("cut off at the token limit");
     if (parts.length === 0) return [];
-    return [el("span", { class: "stats", text: parts.join(" · ") })];
+    const prompt = stats?.prompt && `Read ${stats.prompt} tokens, ${stats.cached ?? 0} of them from the cache`;
+    return [el("span", { class: "stats", title: prompt || null, text: parts.join(" · ") })];
   }
 
   #toggleTokens() {
