@@ -29,7 +29,7 @@ from earnest import env
 from earnest.engine import load
 from earnest.serve import journal
 from earnest.serve.app import create_app
-from earnest.serve.http import ApiError, error_response
+from earnest.serve.http import ApiError, error_response, key_of
 from earnest.serve.journal import LogFormat
 from earnest.serve.ray_router import beginnings
 from earnest.serve.state import Limits, Served, keys_in
@@ -156,7 +156,7 @@ def build(arguments: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )
-    return doors.bind(options, replicas.bind(options, keys))
+    return doors.bind(options, replicas.bind(options, keys), bool(keys))
 
 
 class Model:
@@ -232,15 +232,17 @@ class Model:
 class Door:
     """Takes requests from Ray's proxy and passes them on."""
 
-    def __init__(self, options: Options, replicas: DeploymentHandle) -> None:
-        self._limits = options.limits
+    def __init__(self, options: Options, replicas: DeploymentHandle, keyed: bool) -> None:
+        self._limits, self._keyed = options.limits, keyed
         self._replicas = replicas.options(method_name="answer", stream=True)
 
     async def __call__(self, request: Request) -> Response:
         """Called by Ray."""
         try:
             body = await self._body(request)
-            call = Call(travelling(request.scope), body, beginnings(body))
+            scope = travelling(request.scope)
+            tenant = key_of(dict(scope["headers"])) if self._keyed else ""
+            call = Call(scope, body, beginnings(body, tenant))
             return await self._passed_on(call)
         except ApiError as error:
             return error_response(request, error)
