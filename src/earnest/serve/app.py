@@ -23,6 +23,7 @@ from earnest.serve import (
     page,
     plain,
 )
+from earnest.serve.description import describe
 from earnest.serve.http import ApiError, Gate, api_error, error_response
 from earnest.serve.state import Served
 
@@ -58,6 +59,7 @@ def create_app(served: Served) -> FastAPI:
         found = ApiError(error.status_code, str(error.detail))
         return error_response(request, found, error.headers)
 
+    describe(app)
     app.add_middleware(Gate, served=served)
     if served.origins:  # outermost, so that pages can read refusals, too
         app.add_middleware(
