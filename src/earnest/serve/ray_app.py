@@ -59,7 +59,7 @@ class Options(BaseModel):
         cors: origins of web pages that browsers may call the server from.
         timeout: seconds for an answer.
         drain: seconds for answers under way when a replica is told to end.
-        max_running: answers that a replica works on at a time; more wait at the door.
+        max_running: requests that a replica works on at a time; more wait at the door.
         max_waiting: requests that wait at a door before more are refused (429).
         health_period: seconds between Ray's questions whether a replica is well.
         slack: how much busier, in requests, a replica may be than the idlest and still get the
@@ -100,7 +100,7 @@ class Options(BaseModel):
     @property
     def limits(self) -> Limits:
         """What a request may ask for."""
-        return Limits(request_seconds=self.timeout, waiting=self.max_waiting)
+        return Limits(request_seconds=self.timeout)
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def build(arguments: dict[str, Any]) -> Application:
         "graceful_shutdown_timeout_s": options.drain,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": options.health_period,
-        "max_queued_requests": options.max_waiting,
     }
     replicas = serve.deployment(
         Model,
         name="Model",
         max_ongoing_requests=options.max_running,
+        max_queued_requests=options.max_waiting,
         ray_actor_options={**options.actor, "num_cpus": options.cpus},
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"slack": options.slack}
