@@ -297,7 +297,7 @@ class Gate:
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
         if self._keys:
-            current().tenant = _hashed(_key_of(headers))[:16]
+            current().tenant = _hashed(key_of(headers))[:16]
         await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), send)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
@@ -315,7 +315,7 @@ class Gate:
             return None
         # All are compared, each in constant time: neither which key nor how much of it was right
         # shows in how long it takes.
-        key = _hashed(_key_of(headers))
+        key = _hashed(key_of(headers))
         known = [hmac.compare_digest(key, k) for k in self._keys]
         if any(known):
             return None
@@ -383,7 +383,8 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request is too large: at most {limit:,} bytes are taken")
 
 
-def _key_of(headers: Mapping[bytes, bytes]) -> str:
+def key_of(headers: Mapping[bytes, bytes]) -> str:
+    """The API key that a request shows; "": none. Names of headers are in lower case."""
     bearer = headers.get(b"authorization", b"")
     key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
     return key.decode("latin-1").strip()
