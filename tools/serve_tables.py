@@ -188,6 +188,7 @@ def options_table() -> str:
             continue
         name = option.opts[-1]
         metavar = "" if option.is_flag else " " + option.make_metavar(context)
+        metavar = metavar.replace("|", "\\|")  # it stands in a table
         default = "" if option.is_flag or option.multiple else option.default
         shown = "" if default is None or "Sentinel" in type(default).__name__ else default
         lines.append(f"| `{name}{metavar}` | {shown} | {option.help or ''} |")

@@ -40,6 +40,8 @@ def test_a_conversation_that_goes_on_begins_as_it_did() -> None:
     assert shared(begun, later) == len(begun)
     assert shared(of(messages=first, tools=[{"a": 1}]), later) == 0
     assert shared(of(messages=first, cache_salt="mine"), later) == 0
+    body = json.dumps({"messages": first}).encode()
+    assert shared(beginnings(body, "one key"), beginnings(body, "another")) == 0
     assert shared(of(system=LONG, messages=first), of(system=LONG, messages=[])) >= 6
 
 

@@ -132,7 +132,10 @@ def command(
         try:
             serve.run(application, name=_APPLICATION)
         except RuntimeError as error:
-            raise MachineError("the replicas cannot be started", got=error) from error
+            told = serve.status().applications[_APPLICATION].deployments.values()
+            why = next((found.message for found in told if found.message), str(error))
+            last = "\n".join(why.strip().splitlines()[-4:])  # of a traceback, what went wrong
+            raise MachineError("the replicas cannot be started", got=last) from error
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda *_: ended.set())
         if host not in ("127.0.0.1", "localhost", "::1") and not (api_key_file or env.api_keys()):

@@ -12,8 +12,10 @@ before every step, from how often guesses were right and what steps have taken.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
+from bisect import bisect
 from collections import deque
 from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Tokens
@@ -25,7 +27,7 @@ from earnest.errors import UserError
 SpeculationName = Literal["prompt"]
 
 # Of more sequences each guess would take a row that computing, not memory, has to pay for.
-_MOST_SEQUENCES = 8
+_MOST_SEQUENCES, _MOST_GUESSES = 8, 16
 # What a step took is believed for so many steps, and is the median of so many.
 _FRESH, _RECENT = 256, 5
 # A drafter that costs something and was given up is asked again after so many steps.
@@ -151,10 +153,11 @@ class Speculation:
         if not 0 < rows <= _MOST_SEQUENCES:
             return {}
         begun, costs = self._clock(), self._costs.setdefault(rows, _Costs())
+        most = max(1, min(self._most, _MOST_GUESSES // rows))
         wanted = [
             (sequence, count)
             for sequence in writing
-            if (count := min(self._most, sequence.limit - sequence.sampler.count - 1)) > 0
+            if (count := min(most, sequence.limit - sequence.sampler.count - 1)) > 0
         ]
         found: dict[int, tuple[int, ...]] = {}
         if wanted and self._ask({sequence.id: count for sequence, count in wanted}, rows, room):
@@ -207,7 +210,7 @@ class Speculation:
         """
         costs = self._costs[rows]
         plain = costs.seconds(rows)
-        if plain is None:
+        if plain is None or not counts:
             return {}  # first see what a step takes without guesses
         ranked = sorted(
             (-(self._chance(number).value ** (index + 1)), number)
@@ -260,6 +263,8 @@ class _Costs:
     def __init__(self) -> None:
         self._taken: dict[int, deque[float]] = {}
         self._when: dict[int, int] = {}
+        self._medians: dict[int, float] = {}
+        self._known: list[tuple[int, float]] = []  # those that are believed, by rows
         self._steps = 0
 
     def add(self, rows: int, seconds: float) -> None:
@@ -268,18 +273,21 @@ class _Costs:
             self._taken[rows].clear()
         self._taken.setdefault(rows, deque(maxlen=_RECENT)).append(max(seconds, 1e-9))
         self._when[rows] = self._steps
+        self._medians[rows] = statistics.median(self._taken[rows])
+        self._known = sorted(
+            (n, median)
+            for n, median in self._medians.items()
+            if self._steps - self._when[n] <= _FRESH
+        )
 
     def seconds(self, rows: int) -> float | None:
         """Between known numbers of rows a straight line; beyond the largest as there, so that it is
         tried; None below the smallest."""
-        known = sorted(n for n, when in self._when.items() if self._steps - when <= _FRESH)
-        below = [n for n in known if n <= rows]
-        if not below:
+        at = bisect(self._known, (rows, math.inf))
+        if at == 0:
             return None
-        low = below[-1]
-        base = statistics.median(self._taken[low])
-        if low == rows or low == known[-1]:
+        low, base = self._known[at - 1]
+        if low == rows or at == len(self._known):
             return base
-        high = known[len(below)]
-        rise = statistics.median(self._taken[high]) - base
-        return base + rise * (rows - low) / (high - low)
+        high, above = self._known[at]
+        return base + (above - base) * (rows - low) / (high - low)

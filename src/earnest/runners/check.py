@@ -69,6 +69,34 @@ def check_batch(
         "position", batch.positions, config.max_position_embeddings, "the context", PromptError
     )
     _check_hidden(hidden, (len(batch.hidden_rows), config.hidden_size))
+    if not _is_sound(batch, block_size, num_blocks):
+        _name_the_fault(batch, block_size, num_blocks)
+
+
+def _is_sound(batch: Batch, block_size: int, num_blocks: int) -> bool:
+    """Whether positions and KV blocks make sense: all sequences at once, in a few calls."""
+    starts, tables = batch.sequence_starts.astype(np.int64), batch.block_tables
+    lengths = np.diff(starts)
+    if not lengths.all():
+        return False  # rare: one by one
+    sequences = np.repeat(np.arange(len(lengths)), lengths)
+    positions = batch.positions.astype(np.int64)
+    within = np.arange(len(positions)) - starts[sequences]
+    needed = positions[starts[1:] - 1] // block_size + 1
+    if (positions - within != positions[starts[sequences]]).any() or needed.max() > tables.shape[1]:
+        return False
+    is_used = np.arange(tables.shape[1]) < needed[:, None]
+    used = tables[is_used].astype(np.int64)
+    if (used < 0).any() or (used >= num_blocks).any():
+        return False
+    owned = np.sort(np.repeat(np.arange(len(needed)), needed) * num_blocks + used)
+    places = tables[sequences, positions // block_size].astype(np.int64) * block_size
+    written = np.sort(places + positions % block_size)
+    return bool((np.diff(owned) > 0).all() and (np.diff(written) > 0).all())
+
+
+def _name_the_fault(batch: Batch, block_size: int, num_blocks: int) -> None:
+    T, starts, tables = len(batch.tokens), batch.sequence_starts, batch.block_tables
     written: list[npt.NDArray[np.int64]] = []
     for sequence, (start, stop) in enumerate(pairwise(starts.tolist())):
         if start == stop:

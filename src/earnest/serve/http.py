@@ -7,7 +7,7 @@ import hashlib
 import hmac
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from ipaddress import ip_address
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from earnest.errors import (
@@ -37,6 +37,7 @@ T = TypeVar("T")
 # Seconds of silence after which a stream says that it is still there.
 _KEEP_ALIVE = 15.0
 _DISCONNECT_POLL = 0.25
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 _STATUS: tuple[tuple[type[EarnestError], int], ...] = (
     (BusyError, 429),
@@ -116,7 +117,7 @@ def error_response(
 
 def sse(data: object, event: str | None = None) -> bytes:
     """One server-sent event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    text = data if isinstance(data, str) else _JSON.encode(data)
     head = f"event: {event}\n" if event else ""
     return f"{head}data: {text}\n\n".encode()
 
@@ -138,40 +139,75 @@ async def event_stream(
     except EarnestError as error:
         raise api_error(error) from error
 
-    async def body() -> AsyncIterator[bytes]:
-        async with aclosing(source):
-            yield first
+    return _Stream(request, first, source, media_type, ping, wrap_error)
+
+
+class _Stream(Response):
+    """Pieces as they come. One task sends them, without another for each; one more waits for the
+    client to go away, and one for silence."""
+
+    def __init__(
+        self,
+        request: Request,
+        first: bytes,
+        source: AsyncGenerator[bytes, None],
+        media_type: str,
+        ping: bytes,
+        wrap_error: Callable[[dict[str, Any]], bytes],
+    ) -> None:
+        self.status_code, self.media_type, self.background = 200, media_type, None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._path, self._first, self._source = request.url.path, first, source
+        self._ping, self._wrap_error = ping, wrap_error
+        self._silent = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        sending = asyncio.ensure_future(self._send(send))
+        others = [asyncio.ensure_future(_gone(receive))]
+        if self._ping:
+            others.append(asyncio.ensure_future(self._say_so(send, sending)))
+        try:
+            await asyncio.wait({sending, others[0]}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, *others):
+                task.cancel()
+            await asyncio.gather(sending, *others, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async with aclosing(self._source):
+            await send(_body(self._first))
             try:
-                async for piece in _with_pings(source, ping):
-                    yield piece
+                async for piece in self._source:
+                    await send(_body(piece))
+                    self._silent = False
             except (EarnestError, ApiError) as error:
                 found = error if isinstance(error, ApiError) else api_error(error)
                 record = current()
                 record.error, record.status = _kind(found), found.status
-                yield wrap_error(error_body(request.url.path, found))
+                await send(_body(self._wrap_error(error_body(self._path, found))))
+        self._ping = b""
+        await send(_body(b"", more=False))
 
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(body(), media_type=media_type, headers=headers)
-
-
-async def _with_pings(source: AsyncGenerator[bytes, None], ping: bytes) -> AsyncIterator[bytes]:
-    following = asyncio.ensure_future(anext(source))
-    try:
+    async def _say_so(self, send: Send, sending: asyncio.Future[None]) -> None:
         while True:
-            done, _ = await asyncio.wait({following}, timeout=_KEEP_ALIVE if ping else None)
-            if not done:
-                yield ping
-                continue
-            try:
-                piece = following.result()
-            except StopAsyncIteration:
-                return
-            yield piece
-            following = asyncio.ensure_future(anext(source))
-    finally:
-        if not following.done():
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            self._silent = True
+            await asyncio.sleep(_KEEP_ALIVE)
+            if self._silent and self._ping and not sending.done():
+                await send(_body(self._ping))
+
+
+def _body(piece: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": piece, "more_body": more}
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def until_gone(request: Request, work: Awaitable[T]) -> T:
@@ -261,7 +297,7 @@ class Gate:
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
         if self._keys:
-            current().tenant = _hashed(_key_of(headers))[:16]
+            current().tenant = _hashed(key_of(headers))[:16]
         await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), send)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
@@ -279,7 +315,7 @@ class Gate:
             return None
         # All are compared, each in constant time: neither which key nor how much of it was right
         # shows in how long it takes.
-        key = _hashed(_key_of(headers))
+        key = _hashed(key_of(headers))
         known = [hmac.compare_digest(key, k) for k in self._keys]
         if any(known):
             return None
@@ -347,7 +383,8 @@ def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request is too large: at most {limit:,} bytes are taken")
 
 
-def _key_of(headers: Mapping[bytes, bytes]) -> str:
+def key_of(headers: Mapping[bytes, bytes]) -> str:
+    """The API key that a request shows; "": none. Names of headers are in lower case."""
     bearer = headers.get(b"authorization", b"")
     key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
     return key.decode("latin-1").strip()

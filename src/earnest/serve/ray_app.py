@@ -29,7 +29,7 @@ from earnest import env
 from earnest.engine import load
 from earnest.serve import journal
 from earnest.serve.app import create_app
-from earnest.serve.http import ApiError, error_response
+from earnest.serve.http import ApiError, error_response, key_of
 from earnest.serve.journal import LogFormat
 from earnest.serve.ray_router import beginnings
 from earnest.serve.state import Limits, Served, keys_in
@@ -59,7 +59,7 @@ class Options(BaseModel):
         cors: origins of web pages that browsers may call the server from.
         timeout: seconds for an answer.
         drain: seconds for answers under way when a replica is told to end.
-        max_running: answers that a replica works on at a time; more wait at the door.
+        max_running: requests that a replica works on at a time; more wait at the door.
         max_waiting: requests that wait at a door before more are refused (429).
         health_period: seconds between Ray's questions whether a replica is well.
         slack: how much busier, in requests, a replica may be than the idlest and still get the
@@ -100,7 +100,7 @@ class Options(BaseModel):
     @property
     def limits(self) -> Limits:
         """What a request may ask for."""
-        return Limits(request_seconds=self.timeout, waiting=self.max_waiting)
+        return Limits(request_seconds=self.timeout)
 
 
 @dataclass(frozen=True)
@@ -135,12 +135,12 @@ def build(arguments: dict[str, Any]) -> Application:
         "graceful_shutdown_timeout_s": options.drain,
         "graceful_shutdown_wait_loop_s": 0.5,
         "health_check_period_s": options.health_period,
-        "max_queued_requests": options.max_waiting,
     }
     replicas = serve.deployment(
         Model,
         name="Model",
         max_ongoing_requests=options.max_running,
+        max_queued_requests=options.max_waiting,
         ray_actor_options={**options.actor, "num_cpus": options.cpus},
         request_router_config=RequestRouterConfig(
             request_router_class=_ROUTER, request_router_kwargs={"slack": options.slack}
@@ -156,7 +156,7 @@ def build(arguments: dict[str, Any]) -> Application:
         ray_actor_options={"num_cpus": 0},
         **common,
     )
-    return doors.bind(options, replicas.bind(options, keys))
+    return doors.bind(options, replicas.bind(options, keys), bool(keys))
 
 
 class Model:
@@ -232,15 +232,17 @@ class Model:
 class Door:
     """Takes requests from Ray's proxy and passes them on."""
 
-    def __init__(self, options: Options, replicas: DeploymentHandle) -> None:
-        self._limits = options.limits
+    def __init__(self, options: Options, replicas: DeploymentHandle, keyed: bool) -> None:
+        self._limits, self._keyed = options.limits, keyed
         self._replicas = replicas.options(method_name="answer", stream=True)
 
     async def __call__(self, request: Request) -> Response:
         """Called by Ray."""
         try:
             body = await self._body(request)
-            call = Call(travelling(request.scope), body, beginnings(body))
+            scope = travelling(request.scope)
+            tenant = key_of(dict(scope["headers"])) if self._keyed else ""
+            call = Call(scope, body, beginnings(body, tenant))
             return await self._passed_on(call)
         except ApiError as error:
             return error_response(request, error)

@@ -25,11 +25,12 @@ _MOST_STEPS = 256
 _PARTS = ("cache_salt", "tools", "system", "instructions", "messages", "prompt", "input")
 
 
-def beginnings(body: bytes) -> tuple[bytes, ...]:
+def beginnings(body: bytes, tenant: str = "") -> tuple[bytes, ...]:
     """Hashes of longer and longer beginnings of what a request asks to go on from.
 
     Args:
         body: of a request to any of the interfaces; what is no JSON object has no beginnings.
+        tenant: whose it is; nobody's beginnings are those of another.
     """
     try:
         asked = json.loads(body)
@@ -39,7 +40,7 @@ def beginnings(body: bytes) -> tuple[bytes, ...]:
         return ()
     parts = [asked.get(name) for name in _PARTS]
     text = json.dumps(parts, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
-    state, found = blake2b(digest_size=8), []
+    state, found = blake2b(tenant.encode(), digest_size=8), []
     for end in range(_STEP, min(len(text), _STEP * _MOST_STEPS) + 1, _STEP):
         state.update(text[end - _STEP : end])
         found.append(state.digest())
