@@ -124,7 +124,7 @@ void Step::layout(Arena& arena) {
     w.hidden.take(arena, kAloneTokens, m.hidden, m.planes, forms_);
     w.heads.take(arena, kAloneTokens, m.qSize(), m.planes, forms_);
     w.matmul = arena.take<uint8_t>(matmul);
-    w.first = arena.take<float>(kBandFloats + T * 32);
+    w.first = arena.take<float>(kBandFloats + T * (32 + wholeHeads()));
     w.second = arena.take<float>(kBandFloats + T * 32);
     w.states = arena.take<float>(group);
     w.more_states = arena.take<float>(group);
@@ -285,13 +285,16 @@ void Step::attention(Worker& w, int64_t index) {
   const Matrix* const parts[] = {&layer.q, &layer.k, &layer.v};
   const int64_t all = layer.q.panelCount() + layer.k.panelCount() + layer.v.panelCount();
   const int64_t band = bandPanels(all, T);
+  // 8-bit keys and values are stored by whole heads.
+  const int64_t kv_band = cache_.type == kKvInt8 ? roundUp(band, wholeHeads() / kPanelRows) : band;
+  const int64_t bands[] = {band, kv_band, kv_band};
   int64_t ends[3], items = 0;
-  for (int i = 0; i < 3; ++i) ends[i] = items += (parts[i]->panelCount() + band - 1) / band;
+  for (int i = 0; i < 3; ++i) ends[i] = items += (parts[i]->panelCount() + bands[i] - 1) / bands[i];
   share(w, items, [&](int64_t item) {
     const int part = item < ends[0] ? 0 : item < ends[1] ? 1 : 2;
     const Matrix& m = *parts[part];
-    const int64_t begin = (item - (part ? ends[part - 1] : 0)) * band;
-    const int64_t end = std::min(begin + band, m.panelCount());
+    const int64_t begin = (item - (part ? ends[part - 1] : 0)) * bands[part];
+    const int64_t end = std::min(begin + bands[part], m.panelCount());
     const int64_t from = begin * kPanelRows, count = std::min(end * kPanelRows, m.rows) - from;
     float* out = part == 0 ? q_ + from : w.first;
     const int64_t stride = part == 0 ? m.rows : count;

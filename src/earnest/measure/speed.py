@@ -391,7 +391,18 @@ class _Bench:
 def fill(runner: BenchRunner) -> None:
     """Write random numbers of moderate size (standard deviation 1/4) to all KV blocks."""
     numbers = np.random.default_rng(1).standard_normal(2**20, np.float32) / 4
-    if isinstance(runner, native.NativeRunner):
+    if isinstance(runner, native.NativeRunner) and runner.kv == "int8":
+        _tile(runner.cache.view(np.int8), np.rint(numbers * 160).clip(-127, 127).astype(np.int8))
+        channels = runner.config.head_dim
+        # 16 positions of keys, then of values: their scales first.
+        panels = runner.block_size // 16
+        sizes = [64 + 16 * (-(-channels // m) * m) for m in (4, 32)]
+        heads = runner.cache.reshape(-1, panels * sum(sizes))
+        for at in (*range(0, panels * sizes[0], sizes[0]),) + (
+            *range(panels * sizes[0], panels * sum(sizes), sizes[1]),
+        ):
+            heads[:, at : at + 64] = np.full(16, 1 / 160, np.float32).view(np.uint8)
+    elif isinstance(runner, native.NativeRunner):
         stored: np.ndarray[Any, Any] = numbers
         if runner.kv == "f16":
             stored = numbers.astype(np.float16)
