@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import secrets
 from pathlib import Path
+from typing import Unpack
 
 import click
 
 from earnest import env
+from earnest.cli.runner_options import RunnerOptions, runner_options
 from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
@@ -47,7 +49,7 @@ Examples:
 @click.option("--tls-certificate", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
-@click.option("--threads", type=click.IntRange(1), help="Threads to compute with.")
+@runner_options
 @click.option(
     "--max-waiting",
     type=click.IntRange(1),
@@ -76,11 +78,11 @@ def command(
     tls_certificate: Path | None,
     tls_key: Path | None,
     context: int | None,
-    threads: int | None,
     max_waiting: int,
     timeout: float | None,
     drain: float,
     allow_missing_correction_bias: bool,
+    **how: Unpack[RunnerOptions],
 ) -> None:
     """Serve MODEL over HTTP, with the interfaces of OpenAI, Anthropic and Ollama.
 
@@ -106,7 +108,7 @@ def command(
             opened = load(
                 model,
                 max_context=context,
-                threads=threads,
+                **how,
                 allow_missing_correction_bias=allow_missing_correction_bias,
                 progress=progress,
                 notice=notice,
