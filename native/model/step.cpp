@@ -89,9 +89,14 @@ Step::Step(const Model& model, const KernelTable& kernels, ThreadPool& pool, con
   scratch_bytes_ = count.used();
 }
 
-Step::~Step() = default;
+Step::~Step() {
+#if defined(__SANITIZE_ADDRESS__)
+  if (scratch_) __asan_unpoison_memory_region(scratch_, scratch_bytes_);
+#endif
+}
 
 void Step::useScratch(uint8_t* memory) {
+  scratch_ = memory;
   Arena arena(memory);
   layout(arena);
 }

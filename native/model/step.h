@@ -10,6 +10,10 @@
 #include <mutex>
 #include <vector>
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 #include "core/threadpool.h"
 #include "earnest/step_kernels.h"
 #include "model/kv.h"
@@ -34,7 +38,8 @@ struct StepInput {
   bool (*interrupted)() = nullptr;
 };
 
-// Hands out pieces of one block of memory, or only counts them.
+// Hands out pieces of one block of memory, or only counts them. Under AddressSanitizer forbidden
+// gaps lie between the pieces.
 class Arena {
  public:
   explicit Arena(uint8_t* base) : base_(base) {}
@@ -43,6 +48,10 @@ class Arena {
     used_ = (used_ + 63) / 64 * 64;
     T* at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += static_cast<size_t>(count) * sizeof(T);
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_) __asan_poison_memory_region(base_ + used_, 64);
+    used_ += 64;
+#endif
     return at;
   }
   size_t used() const { return (used_ + 63) / 64 * 64; }
@@ -134,6 +143,7 @@ class Step {
   std::vector<uint32_t> ffn_forms_;  // of what each layer's feed-forward part reads
   int64_t states_capacity_ = 0;
   size_t scratch_bytes_ = 0;
+  uint8_t* scratch_ = nullptr;
 
   // Scratch of all workers.
   float *x_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *router_ = nullptr, *states_ = nullptr;
