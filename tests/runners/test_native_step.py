@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from earnest.checkpoint.lazy import LazyTensor
 from earnest.codecs.panel import PANELS
 from earnest.codecs.registry import CODECS
 from earnest.config import ErnieConfig
+from earnest.engine import LanguageModel, SamplingParams
 from earnest.errors import MemoryBudgetError, PromptError, TensorsError, UserError
 from earnest.runners import Routing
 from earnest.runners.native import isa
@@ -29,7 +33,7 @@ pytestmark = pytest.mark.skipif(not isa.installed(), reason="the compiled kernel
 
 if isa.installed():
     from earnest.runners.native.packing import plan_packing
-    from earnest.runners.native.runner import NativeRunner
+    from earnest.runners.native.runner import KvType, NativeRunner, kv_bytes_per_token
 
 TIERS = isa.available_tiers() if isa.installed() else []
 
@@ -412,24 +416,61 @@ def test_batches_that_make_no_sense(checkpoint_of, weights_of, batch_of) -> None
         runner.step(batch_of(([], 0, [0]), rows=[]))
 
 
-def test_ctrl_c_ends_a_step(checkpoint_of, weights_of, batch_of) -> None:
-    config = replace(MIXTURE, num_hidden_layers=40, max_position_embeddings=40_000)
-    runner = NativeRunner(checkpoint_of(config, weights_of(config)), num_blocks=1250, threads=1)
-    batch = batch_of((np.arange(40_000) % 200, 0, range(1250)), rows=[0])
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
+def test_keys_and_values_take_what_is_planned(checkpoint_of, weights_of) -> None:
+    for head_dim in (16, 24, 64, 128):
+        config = replace(MIXTURE, head_dim=head_dim)
+        checkpoint = checkpoint_of(config, weights_of(config))
+        for kv in get_args(KvType):
+            runner = NativeRunner(checkpoint, num_blocks=3, kv=kv, threads=1)
+            positions = runner.num_blocks * runner.block_size
+            assert runner.kv_bytes == positions * kv_bytes_per_token(config, kv)
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+DEEP = replace(MIXTURE, num_hidden_layers=40, max_position_embeddings=40_000)
+
+
+@contextmanager
+def interrupt_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C, later; the body must end in it, and soon."""
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         begun = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            runner.step(batch)
+            yield
         assert time.monotonic() - begun < 20
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_ctrl_c_ends_a_step(checkpoint_of, weights_of, batch_of) -> None:
+    checkpoint = checkpoint_of(DEEP, weights_of(DEEP))
+    runner = NativeRunner(checkpoint, num_blocks=1250, threads=1)
+    with interrupt_after(0.3):
+        runner.step(batch_of((np.arange(40_000) % 200, 0, range(1250)), rows=[0]))
     small = batch_of(([1, 2, 3], 0, [0]))
-    again = NativeRunner(runner_checkpoint(config, checkpoint_of, weights_of), num_blocks=2)
+    again = NativeRunner(checkpoint, num_blocks=2)
     np.testing.assert_array_equal(runner.step(small), again.step(small))
 
 
-def runner_checkpoint(config: ErnieConfig, checkpoint_of, weights_of) -> Checkpoint:
-    return checkpoint_of(config, weights_of(config))
+def test_ctrl_c_leaves_the_model_usable(checkpoint_of, weights_of) -> None:
+    checkpoint = checkpoint_of(DEEP, weights_of(DEEP))
+    runner = NativeRunner(checkpoint, num_blocks=1250, threads=1)
+    model = LanguageModel(checkpoint, runner, notice=lambda _: None)
+    wanted, many = model.logits([1, 2, 3]), (np.arange(39_000) % 200).tolist()
+    greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    answer = model.generate([5, 6], greedy).token_ids
+    for call in (
+        lambda: model.generate(many, greedy),
+        lambda: next(model.stream(many, greedy)),
+        lambda: model.logits(many),
+        lambda: model.routing(many),
+    ):
+        with interrupt_after(0.2):
+            call()
+        np.testing.assert_array_equal(model.logits([1, 2, 3]), wanted)
+        assert model.generate([5, 6], greedy).token_ids == answer
+        model._engine.blocks.check_idle()

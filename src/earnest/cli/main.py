@@ -18,6 +18,7 @@ from earnest.errors import EarnestError, MemoryBudgetError
 # --help and completion answer at once.
 VERBS = {
     "run": "Ask a model, or chat with it on a terminal.",
+    "serve": "Serve a model over HTTP, with OpenAI's interface.",
     "inspect": "Show what a checkpoint (or a preset) holds: config, parts, types, sizes.",
     "verify": "Check a checkpoint's integrity, its plausibility, and its exactness.",
     "diff": "List which tensors of two checkpoints differ, and by how much.",

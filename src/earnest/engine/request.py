@@ -41,6 +41,7 @@ class SamplingParams:
             complete first ends it. Special tokens have no text: name those in `stop_token_ids`.
         stop_token_ids: ids that end the output, besides the model's own end-of-text ids.
         ignore_eos: go on after the model's own end-of-text ids.
+        skip_special_tokens: special tokens have no text; False: their names stand in it.
         logprobs: None: none; n: per output token its log-probability and the n likeliest.
         prompt_logprobs: the same for the prompt's tokens (the first has none).
 
@@ -62,6 +63,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 

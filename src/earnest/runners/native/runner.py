@@ -35,6 +35,23 @@ _WORTH_PACKING = 2**28
 _KV_TYPES = {"f32": 0, "bf16": 1}
 
 KvType = Literal["bf16", "f32"]
+DEFAULT_KV: KvType = "bf16"
+
+
+def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
+    """Bytes that the keys and values of one token take in all layers; the rows of values are
+    filled up to 32 channels (`native/model/kv.h`).
+
+    Raises:
+        UserError: there is no such type of keys and values.
+    """
+    if kv not in _KV_TYPES:
+        raise UserError(
+            "there is no such type of keys and values", got=kv, expected=" or ".join(_KV_TYPES)
+        )
+    number = {"f32": 4, "bf16": 2}[kv]
+    channels = config.head_dim + -(-config.head_dim // 32) * 32
+    return config.num_hidden_layers * config.num_key_value_heads * channels * number
 
 
 class NativeRunner:
@@ -77,7 +94,7 @@ class NativeRunner:
         threads: int | None = None,
         memory_budget: int | None = None,
         plain: Plain | None = None,
-        kv: KvType = "bf16",
+        kv: KvType = DEFAULT_KV,
         activation_bits: Literal[8, 15] = 15,
         tier: str | None = None,
         lock: bool = False,
@@ -95,11 +112,10 @@ class NativeRunner:
             )
         if memory_budget is not None:
             check_at_least("memory_budget", memory_budget, 0)
-        if kv not in _KV_TYPES or activation_bits not in (8, 15):
+        kv_bytes_per_token(config, kv)  # refuses what there is not
+        if activation_bits not in (8, 15):
             raise UserError(
-                "the native runner has no such number format",
-                got=f"kv={kv!r}, activation_bits={activation_bits!r}",
-                expected=f"kv {' or '.join(_KV_TYPES)}, activation_bits 8 or 15",
+                "the native runner has no such activations", got=activation_bits, expected="8 or 15"
             )
         if num_blocks > 2**31 - 1:
             raise UserError("num_blocks is out of range", got=num_blocks, expected="32 bits")
