@@ -33,9 +33,11 @@ class Crew {
     // Without one of n workers a run takes at most n / (n - 1) as long as without the loss.
     if (size_ > 1 && lost_ * size_ > std::max(wall_, kWindow)) {
       patience_ = on_trial_ ? std::min(2 * patience_, kLongest) : kShortest;
+      // The busier the machine, the longer a trial takes: it may cost a thirtieth of the time.
+      const int64_t rest = on_trial_ ? std::min(32 * wall_, kLongestRest) : 0;
       const int64_t fewer = (lost_ + wall_ / 2) / wall_;
       size_ = static_cast<int>(std::max<int64_t>(1, size_ - std::max<int64_t>(1, fewer)));
-      retry_at_ = now + patience_;
+      retry_at_ = now + std::max(patience_, rest);
     } else if (wall_ < kWindow) {
       return;
     } else if (size_ == most_) {
@@ -48,7 +50,8 @@ class Crew {
   static constexpr int64_t kMillisecond = 1'000'000;
   // Several time slices of a scheduler.
   static constexpr int64_t kWindow = 20 * kMillisecond;
-  static constexpr int64_t kShortest = 100 * kMillisecond, kLongest = 1600 * kMillisecond;
+  static constexpr int64_t kShortest = 100 * kMillisecond, kLongest = 1600 * kMillisecond,
+                           kLongestRest = 10'000 * kMillisecond;
 
   int most_, size_;
   int64_t wall_ = 0, lost_ = 0;  // since the last decision

@@ -166,7 +166,7 @@ int64_t Step::bandPanels(int64_t panels, int64_t tokens) const {
 }
 
 bool Step::run(const StepInput& input) {
-  const std::lock_guard<std::mutex> mine(turn_);
+  const std::lock_guard<ForkMutex> mine(turn_);
   stop_ = false;
   last_check_ = milliseconds();
   std::vector<int32_t> starts(input.sequences + 1), wanted, places;
@@ -198,7 +198,7 @@ bool Step::run(const StepInput& input) {
     }
     plan(piece);
     auto body = [this](int ith, int nth) { work(ith, nth); };
-    pool_.run(body);
+    pool_.runCrew(body);
     if (stop_) return false;
   }
   return true;

@@ -7,7 +7,6 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -162,7 +161,7 @@ class Step {
   std::vector<int32_t> pages_, slots_;  // of the tokens
   std::atomic<bool> stop_{false};
   int64_t last_check_ = 0;
-  std::mutex turn_;
+  ForkMutex turn_;
 };
 
 }  // namespace earnest
