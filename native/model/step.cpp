@@ -89,9 +89,14 @@ Step::Step(const Model& model, const KernelTable& kernels, ThreadPool& pool, con
   scratch_bytes_ = count.used();
 }
 
-Step::~Step() = default;
+Step::~Step() {
+#if defined(__SANITIZE_ADDRESS__)
+  if (scratch_) __asan_unpoison_memory_region(scratch_, scratch_bytes_);
+#endif
+}
 
 void Step::useScratch(uint8_t* memory) {
+  scratch_ = memory;
   Arena arena(memory);
   layout(arena);
 }
@@ -162,7 +167,7 @@ int64_t Step::bandPanels(int64_t panels, int64_t tokens) const {
 }
 
 bool Step::run(const StepInput& input) {
-  const std::lock_guard<std::mutex> mine(turn_);
+  const std::lock_guard<ForkMutex> mine(turn_);
   stop_ = false;
   last_check_ = milliseconds();
   std::vector<int32_t> starts(input.sequences + 1), wanted, places;
@@ -194,7 +199,7 @@ bool Step::run(const StepInput& input) {
     }
     plan(piece);
     auto body = [this](int ith, int nth) { work(ith, nth); };
-    pool_.run(body);
+    pool_.runCrew(body);
     if (stop_) return false;
   }
   return true;

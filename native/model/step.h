@@ -7,9 +7,12 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
 #include <numeric>
 #include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "core/threadpool.h"
 #include "earnest/step_kernels.h"
@@ -35,7 +38,8 @@ struct StepInput {
   bool (*interrupted)() = nullptr;
 };
 
-// Hands out pieces of one block of memory, or only counts them.
+// Hands out pieces of one block of memory, or only counts them. Under AddressSanitizer forbidden
+// gaps lie between the pieces.
 class Arena {
  public:
   explicit Arena(uint8_t* base) : base_(base) {}
@@ -44,6 +48,10 @@ class Arena {
     used_ = (used_ + 63) / 64 * 64;
     T* at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += static_cast<size_t>(count) * sizeof(T);
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_) __asan_poison_memory_region(base_ + used_, 64);
+    used_ += 64;
+#endif
     return at;
   }
   size_t used() const { return (used_ + 63) / 64 * 64; }
@@ -139,6 +147,7 @@ class Step {
   std::vector<uint32_t> ffn_forms_;  // of what each layer's feed-forward part reads
   int64_t states_capacity_ = 0;
   size_t scratch_bytes_ = 0;
+  uint8_t* scratch_ = nullptr;
 
   // Scratch of all workers.
   float *x_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *router_ = nullptr, *states_ = nullptr;
@@ -157,7 +166,7 @@ class Step {
   std::vector<int32_t> pages_, slots_;  // of the tokens
   std::atomic<bool> stop_{false};
   int64_t last_check_ = 0;
-  std::mutex turn_;
+  ForkMutex turn_;
 };
 
 }  // namespace earnest

@@ -9,6 +9,7 @@ amplify roundings far more than trained ones (8 bits cost 128 times what 15 cost
 from __future__ import annotations
 
 import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -473,9 +474,10 @@ def interrupt_after(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
 
 
-def test_ctrl_c_ends_a_step(checkpoint_of, weights_of, batch_of) -> None:
+@pytest.mark.parametrize("threads", [1, 3])
+def test_ctrl_c_ends_a_step(threads: int, checkpoint_of, weights_of, batch_of) -> None:
     checkpoint = checkpoint_of(DEEP, weights_of(DEEP))
-    runner = NativeRunner(checkpoint, num_blocks=1250, threads=1)
+    runner = NativeRunner(checkpoint, num_blocks=1250, threads=threads)
     with interrupt_after(0.3):
         runner.step(batch_of((np.arange(40_000) % 200, 0, range(1250)), rows=[0]))
     small = batch_of(([1, 2, 3], 0, [0]))

@@ -64,7 +64,8 @@ class NativeRunner:
         checkpoint: the model; its matrices are packed into memory as panels.
         num_blocks: KV blocks; memory for them is taken when they are first written.
         block_size: positions per KV block, a multiple of 16.
-        threads: threads to use; all that this process may use by default.
+        threads: threads to use; by default all that this process may use, and fewer while other
+            processes hold their processors.
         memory_budget: bytes that panels packed into memory may take (mapped ones take none); by
             default what is free beside the KV blocks and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
