@@ -51,7 +51,8 @@ fi
 if has aarch64-linux-gnu-g++ && has qemu-aarch64; then
   arm=aarch64-linux-gnu-g++
   check neon kNeonDotprod $arm "qemu-aarch64 -cpu max" "-march=armv8.2-a+dotprod" neon_dotprod || failed=1
-  check i8mm kI8mm $arm "qemu-aarch64 -cpu max" "-march=armv8.2-a+dotprod+i8mm" i8mm || failed=1
+  check i8mm kI8mm $arm "qemu-aarch64 -cpu max" \
+    "-march=armv8.2-a+dotprod+i8mm" neon_dotprod i8mm || failed=1
 else
   echo "skipped: Arm (apt install g++-aarch64-linux-gnu qemu-user)"
 fi
