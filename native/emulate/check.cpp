@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "earnest/kernels.h"
+#include "earnest/step_kernels.h"
 
 namespace earnest {
 extern const KernelTable kGeneric;
@@ -80,11 +81,32 @@ void run(const KernelTable& quantizer, const KernelTable& table, int codec, int 
   std::free(scratch);
 }
 
+// Of all sizes, with NaN and infinity.
+void checkHalves(const KernelTable& table, int& checked, int& wrong) {
+  std::vector<float> x;
+  for (int i = 0; i < 400000; ++i) {
+    const uint32_t bits = random32() << 16 ^ random32();
+    float v;
+    std::memcpy(&v, &bits, 4);
+    x.push_back(v);
+    x.push_back(uniform() * (i % 2 ? 0x1p-15f : 70000.0f));
+  }
+  std::vector<uint8_t> a(2 * x.size()), b(a);
+  kGeneric.step->storeHalves(x.data(), static_cast<int64_t>(x.size()), a.data());
+  table.step->storeHalves(x.data(), static_cast<int64_t>(x.size()), b.data());
+  ++checked;
+  if (a != b) {
+    ++wrong;
+    std::printf("%s: half floats differ\n", table.name);
+  }
+}
+
 }  // namespace
 
 int main() {
   const KernelTable& table = EARNEST_TIER;
   int checked = 0, wrong = 0;
+  checkHalves(table, checked, wrong);
   for (int codec = 0; codec < kCodecs; ++codec)
     for (int planes = 1; planes <= 2; ++planes)
       for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 17, 40, 64})
@@ -112,6 +134,6 @@ int main() {
                         kPanelShapes[codec].name, planes, int(tokens), int(columns));
           }
         }
-  std::printf("%s: %d products checked, %d wrong\n", table.name, checked, wrong);
+  std::printf("%s: %d results checked, %d wrong\n", table.name, checked, wrong);
   return wrong != 0;
 }

@@ -19,6 +19,15 @@ inline __m512 simdeHalves(__m256i halves) {
   return out;
 }
 
+inline __m256i simdeToHalves(__m512 x) {
+  __m256 floats[2];
+  __builtin_memcpy(floats, &x, 64);
+  const __m128i parts[2] = {_mm256_cvtps_ph(floats[0], 0), _mm256_cvtps_ph(floats[1], 0)};
+  __m256i out;
+  __builtin_memcpy(&out, parts, 32);
+  return out;
+}
+
 inline __m512 simdeFloats(__m512i integers) {
   int32_t in[16];
   float out[16];
@@ -49,5 +58,7 @@ inline __m512i simdeWiden(__m128i bytes) {
 #define _mm512_cvtepu8_epi32 earnest::simdeWiden<uint8_t>
 #undef _mm512_cvtepi8_epi32
 #define _mm512_cvtepi8_epi32 earnest::simdeWiden<int8_t>
+#undef _mm512_cvtps_ph
+#define _mm512_cvtps_ph(x, rounding) earnest::simdeToHalves(x)
 #undef _mm512_cvtph_ps
 #define _mm512_cvtph_ps earnest::simdeHalves

@@ -1,6 +1,6 @@
 // Whole forward steps of small random models in one tier after the other: the logits must be the
 // generic tier's, bit for bit, on 1 and on 3 threads, in one batch and in many chunks. Dense and
-// MoE layers, every codec, both planes, keys and values in float32 and bf16, a past of more than
+// MoE layers, every codec, both planes, keys and values in float32, bf16 and f16, a past of more than
 // one attention segment.
 //
 // With EARNEST_TIER that tier is compared with the generic one (run.sh: under emulation), otherwise
@@ -178,8 +178,8 @@ std::vector<float> logits(const Model& m, const Text& text, const KernelTable& t
   for (int64_t l = 0; l < layers; ++l)
     for (int64_t p = 0; p < kLongPast; ++p) {
       const float* x = text.past.data() + (l * kLongPast + p) * 2 * m.kvSize();
-      cache.storeKeys(l, long_table[p / kPage], p % kPage, 0, m.kvSize(), x);
-      cache.storeValues(l, long_table[p / kPage], p % kPage, 0, m.kvSize(), x + m.kvSize());
+      cache.storeKeys(*tier.step, l, long_table[p / kPage], p % kPage, 0, m.kvSize(), x);
+      cache.storeValues(*tier.step, l, long_table[p / kPage], p % kPage, 0, m.kvSize(), x + m.kvSize());
     }
   Step step(m, tier, pool, cache, max_tokens, kLongPast + kLong);
   const auto scratch = take(step.scratchBytes());
@@ -246,7 +246,7 @@ int main() {
       const RandomModel random(codec, planes, shape);
       const Model& m = random.model;
       Text text(m);
-      const int kv_type = (codec + planes) % 2 ? kKvBf16 : kKvF32;
+      const int kv_type = (codec + planes) % 3;  // f32, bf16, f16
       const auto generic = logits(m, text, kGeneric, 1, kv_type, 64, together);
       // Logits that did not depend on one far position would prove nothing about attention.
       Text other = text;

@@ -14,7 +14,7 @@ namespace earnest {
 namespace {
 
 struct Vec {
-  static constexpr int kQueries = 3;  // query heads that attention works on together
+  static constexpr int kQueries = 5, kAccumulators = 5;  // of attention, see vec_generic.h
   static constexpr int kPanels = 1, kFloatTokens = 2;
 #if EARNEST_AVXVNNI
   static constexpr int kTokens[] = {4, 4}, kUnexpanded = 8;
@@ -166,6 +166,11 @@ struct Vec {
     I total() const { return v; }
   };
 #endif
+
+  static void storeHalves(uint8_t* p, F x) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(x.a, 0));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 16), _mm256_cvtps_ph(x.b, 0));
+  }
 };
 
 }  // namespace

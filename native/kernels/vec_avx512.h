@@ -13,7 +13,8 @@ namespace earnest {
 namespace {
 
 struct Vec {
-  static constexpr int kQueries = 8;  // query heads that attention works on together
+  // Queries that attention works on together; accumulators that leave room for what they meet.
+  static constexpr int kQueries = 6, kAccumulators = 24;
   // 2 panels x 6 tokens: 12 integer and 12 float accumulators, 4 weights, 2 scales of 32 registers.
   static constexpr int kPanels = 2, kTokens[] = {6, 6}, kFloatTokens = 4, kUnexpanded = 48;
   static constexpr int kSignedOffset = 128;  // dpbusd takes unsigned x signed
@@ -97,6 +98,10 @@ struct Vec {
     }
     I total() const { return kChains == 2 ? addI(v[0], v[kChains - 1]) : v[0]; }
   };
+
+  static void storeHalves(uint8_t* p, F x) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(x, 0));
+  }
 };
 
 }  // namespace

@@ -20,7 +20,9 @@ using Shorts = int16_t __attribute__((vector_size(64)));
 using UnsignedShorts = uint16_t __attribute__((vector_size(64)));
 
 struct Vec {
-  static constexpr int kQueries = 1;  // query heads that attention works on together
+  // Queries that attention works on together, and accumulators that the registers hold beside what
+  // they meet.
+  static constexpr int kQueries = 1, kAccumulators = 1;
   // Panels and tokens worked on together: as many accumulators as the registers hold. kTokens with
   // one plane of activations, with two. Up to kUnexpanded tokens, reading a panel's own blocks for
   // every tile costs less than writing them out as bytes first.
@@ -137,6 +139,32 @@ struct Vec {
     }
     I total() const { return v; }
   };
+
+  // To half floats, ties to even. Below 2^-14 a half is an integer times 2^-24, which is the last
+  // place of floats from 0.5 to 1.
+  __attribute__((noinline)) static void storeHalves(uint8_t* p, F x) {
+    for (int i = 0; i < 16; ++i) {
+      const float value = x[i];
+      uint32_t bits;
+      __builtin_memcpy(&bits, &value, 4);
+      const uint32_t magnitude = bits & 0x7fffffffu;
+      uint32_t half;
+      if (magnitude > 0x7f800000u) {
+        half = 0x7e00u | (magnitude >> 13 & 0x3ffu);
+      } else if (magnitude >= 0x477ff000u) {
+        half = 0x7c00u;
+      } else if (magnitude < 0x38800000u) {
+        const float moved = __builtin_fabsf(value) + 0.5f;
+        __builtin_memcpy(&half, &moved, 4);
+        half -= 0x3f000000u;
+      } else {
+        half = (magnitude - (112u << 23) + 0xfffu + (magnitude >> 13 & 1u)) >> 13;
+      }
+      half |= bits >> 16 & 0x8000u;
+      p[2 * i] = static_cast<uint8_t>(half);
+      p[2 * i + 1] = static_cast<uint8_t>(half >> 8);
+    }
+  }
 };
 
 }  // namespace

@@ -10,7 +10,7 @@ namespace earnest {
 namespace {
 
 struct Vec {
-  static constexpr int kQueries = 2;  // query heads that attention works on together
+  static constexpr int kQueries = 4, kAccumulators = 4;  // of attention, see vec_generic.h
   // 4 tokens: 16 integer accumulators of 32 registers; the float ones live in the first cache.
   static constexpr int kPanels = 1, kTokens[] = {4, 4}, kFloatTokens = 2, kUnexpanded = 4;
   static constexpr int kSignedOffset = 0;  // sdot takes signed x signed
@@ -112,6 +112,10 @@ struct Vec {
     }
     I total() const { return v; }
   };
+
+  static void storeHalves(uint8_t* p, F x) {
+    EARNEST_FOUR vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.v[i])));
+  }
 #undef EARNEST_FOUR
 };
 

@@ -25,10 +25,10 @@ struct KvCache {
             page};
   }
   // `count` channels from `from` of all key heads side by side (of a token at `slot` of a page).
-  void storeKeys(int64_t layer, int64_t at_page, int64_t slot, int64_t from, int64_t count,
-                 const float* x) const;
-  void storeValues(int64_t layer, int64_t at_page, int64_t slot, int64_t from, int64_t count,
-                   const float* x) const;
+  void storeKeys(const StepKernels& kernels, int64_t layer, int64_t at_page, int64_t slot,
+                 int64_t from, int64_t count, const float* x) const;
+  void storeValues(const StepKernels& kernels, int64_t layer, int64_t at_page, int64_t slot,
+                   int64_t from, int64_t count, const float* x) const;
 };
 
 }  // namespace earnest

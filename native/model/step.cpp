@@ -128,7 +128,8 @@ void Step::layout(Arena& arena) {
     w.second = arena.take<float>(kBandFloats + T * 32);
     w.states = arena.take<float>(group);
     w.more_states = arena.take<float>(group);
-    w.scores = arena.take<float>(step_.attendScratchFloats());
+    w.attention = arena.take<uint8_t>(
+        step_.attendScratchBytes(m.heads / m.kv_heads * kChunk, m.channels));
     w.grouping.take(arena, &w == workers_.data() ? T : kAloneTokens, experts, m.active);
     w.logits = arena.take<float>(experts);
   }
@@ -300,8 +301,8 @@ void Step::attention(Worker& w, int64_t index) {
       if (m.bias) step_.add(row, m.bias + from, count);
       if (part < 2)
         rotate(row, from, count, C, in_.cosines + t * (C / 2), in_.sines + t * (C / 2));
-      if (part == 1) cache_.storeKeys(index, pages_[t], slots_[t], from, count, row);
-      if (part == 2) cache_.storeValues(index, pages_[t], slots_[t], from, count, row);
+      if (part == 1) cache_.storeKeys(step_, index, pages_[t], slots_[t], from, count, row);
+      if (part == 2) cache_.storeValues(step_, index, pages_[t], slots_[t], from, count, row);
     }
   });
   pool_.barrier();
@@ -364,14 +365,14 @@ Attention Step::attentionOf(int64_t row, int64_t tokens, int64_t kv_head, const 
 void Step::attend(Worker& w, const AttentionItem& item, int64_t index) {
   const Attention a = attentionOf(item.row, item.tokens, item.kv_head, item.table, index);
   if (item.segment >= 0) {
-    step_.attendSegment(a, item.segment, states_ + item.state, w.scores);
+    step_.attendSegment(a, item.segment, states_ + item.state, w.attention);
     return;
   }
   const int64_t G = a.heads, C = a.channels, floats = step_.stateFloats(C);
-  step_.attendSegment(a, 0, w.states, w.scores);
+  step_.attendSegment(a, 0, w.states, w.attention);
   const int64_t segments = (a.first + a.tokens - 1) / kAttentionSegment + 1;
   for (int64_t s = 1; s < segments; ++s) {
-    step_.attendSegment(a, s, w.more_states, w.scores);
+    step_.attendSegment(a, s, w.more_states, w.attention);
     for (int64_t i = 0; i < a.tokens * G; ++i)
       if (a.first + i / G >= s * kAttentionSegment)
         step_.mergeState(w.states + i * floats, w.more_states + i * floats, C);

@@ -51,8 +51,8 @@ struct Step::Worker {
   int64_t phase = 0;
   int64_t moe_index = 0;
   float *row = nullptr, *first = nullptr, *second = nullptr, *logits = nullptr;
-  float *states = nullptr, *more_states = nullptr, *scores = nullptr;
-  uint8_t* matmul = nullptr;
+  float *states = nullptr, *more_states = nullptr;
+  uint8_t *matmul = nullptr, *attention = nullptr;
   Operand hidden, heads;  // of the few tokens that every worker prepares for itself
   Grouping grouping;
 };

@@ -22,9 +22,15 @@ class Variable:
 
 
 VARIABLES = (
+    Variable("EARNEST_API_KEY", "none", "key that clients of `earnest serve` must show"),
     Variable("EARNEST_CACHE", "~/.cache/earnest", "folder for fetched models"),
     Variable("EARNEST_ISA", "the best", "instruction-set tier of the kernels; can only lower it"),
-    Variable("EARNEST_MEMORY_GIB", "half of the free memory", "GiB that decoded weights may take"),
+    Variable(
+        "EARNEST_MEMORY_GIB",
+        "half of the free memory",
+        "GiB that the reference runner's decoded weights may take, and half of it the keys and "
+        "values of either runner",
+    ),
     Variable("EARNEST_OFFLINE", "0", "1: never use the network; fail instead of fetching"),
 )
 
@@ -49,13 +55,20 @@ def offline() -> bool:
     return value == "1"
 
 
+def api_keys() -> tuple[str, ...]:
+    """The key that clients of the server must show (`EARNEST_API_KEY`), if there is one."""
+    key = os.environ.get("EARNEST_API_KEY")
+    return (key,) if key else ()
+
+
 def isa_cap() -> str | None:
     """The instruction-set tier not to go above (`EARNEST_ISA`), or None; the runner checks it."""
     return os.environ.get("EARNEST_ISA") or None
 
 
 def memory_budget() -> int:
-    """Bytes that decoded weights may take (`EARNEST_MEMORY_GIB`).
+    """Bytes that a model may take beside its files (`EARNEST_MEMORY_GIB`): decoded weights, and
+    keys and values up to half of it.
 
     Raises:
         UserError: the variable is not a positive number.

@@ -56,6 +56,10 @@ class PromptError(UserError, ValueError):
     """A prompt cannot be run: empty, token ids outside the vocabulary, longer than the context."""
 
 
+class GrammarError(UserError, ValueError):
+    """A schema, regular expression or grammar cannot be used: broken, too large, too deep."""
+
+
 class ModelNotFoundError(UserError):
     """A MODEL names neither a built-in model nor a file or folder that exists."""
 

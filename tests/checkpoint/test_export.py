@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 import earnest
 from earnest.checkpoint import Checkpoint, open_checkpoint, synth
-from earnest.checkpoint.containers import gguf_writer
+from earnest.checkpoint.containers import sequential
 from earnest.checkpoint.convert import convert
 from earnest.checkpoint.export import export
 from earnest.checkpoint.names import stored
@@ -287,7 +287,7 @@ def test_missing_correction_biases_stay_missing(tmp_path: Path) -> None:
 def test_an_interrupted_run_is_taken_up_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gguf_writer, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(sequential, "_SYNC_BYTES", 1)
     source = made(tmp_path / "hf", preset("small-moe"))
     export(source, tmp_path / "whole.gguf")
 
@@ -307,7 +307,7 @@ def test_an_interrupted_run_is_taken_up_again(
 
 
 def test_a_changed_source_is_begun_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_writer, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(sequential, "_SYNC_BYTES", 1)
     source = made(tmp_path / "hf", preset("small-moe"))
 
     def fail(done: int, total: int, what: str) -> None:

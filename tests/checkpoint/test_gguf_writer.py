@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from earnest import codecs
 from earnest.checkpoint.containers import gguf as reader
-from earnest.checkpoint.containers import gguf_writer
+from earnest.checkpoint.containers import sequential
 from earnest.checkpoint.containers.base import PlannedTensor
 from earnest.checkpoint.containers.gguf_writer import file_bytes, write_file
 from earnest.codecs.base import Raw
@@ -206,8 +206,8 @@ def test_another_alignment_is_refused(tmp_path: Path) -> None:
 # --- interruption -------------------------------------------------------------------------------
 
 
-class Interrupted(BaseException):
-    """What a killed run looks like from inside."""
+class HalfWayError(EarnestError):
+    """What a run that fails half-way looks like from inside."""
 
 
 def counting(tensors: list[PlannedTensor], read: list[str], fail_at: str = "") -> Any:
@@ -216,7 +216,7 @@ def counting(tensors: list[PlannedTensor], read: list[str], fail_at: str = "") -
             read.append(tensor.name)
             for number, block in enumerate(tensor.blocks()):
                 if tensor.name == fail_at and number == 1:
-                    raise Interrupted
+                    raise HalfWayError("half-way")
                 yield block
 
         return PlannedTensor(tensor.name, tensor.codec, tensor.shape, blocks)
@@ -226,7 +226,7 @@ def counting(tensors: list[PlannedTensor], read: list[str], fail_at: str = "") -
 
 @pytest.fixture
 def synced(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gguf_writer, "_SYNC_BYTES", 1)
+    monkeypatch.setattr(sequential, "_SYNC_BYTES", 1)
 
 
 @pytest.fixture
@@ -238,7 +238,7 @@ def whole(tmp_path: Path) -> bytes:
 @pytest.mark.usefixtures("synced")
 def test_an_interrupted_run_is_continued(tmp_path: Path, whole: bytes) -> None:
     path, read = tmp_path / "model.gguf", []
-    with pytest.raises(Interrupted):
+    with pytest.raises(HalfWayError):
         write_file(path, counting(plan(), [], "experts.weight"), METADATA)
     assert write_file(path, counting(plan(), read), METADATA)
     assert read == ["experts.weight", "half.weight", "last.weight"]
@@ -257,7 +257,7 @@ def test_what_does_not_fit_is_begun_anew(damage: str, tmp_path: Path, whole: byt
         metadata["a.count"] = 7
     if damage == "other tensors":
         tensors[1] = planned("norm.weight", "f16", (5,))
-    with pytest.raises(Interrupted):
+    with pytest.raises(HalfWayError):
         write_file(path, counting(tensors, [], "experts.weight"), metadata)
     assert record.read_text() == "3"
     if damage == "cut":

@@ -15,6 +15,7 @@ import pytest
 
 import earnest as earnest_package
 from earnest.cli.main import VERBS
+from earnest.runners.native import isa
 
 EARNEST = [sys.executable, "-m", "earnest"]
 
@@ -107,7 +108,59 @@ def test_run_json() -> None:
     assert result["text"].startswith(", there was")
     assert len(result["logprobs"]) == 8
     assert {len(entry["top"]) for entry in result["logprobs"]} == {2}
-    assert result["timings"]["decode_seconds"] > 0
+    took = result["timings"]
+    assert took["decode_seconds"] > 0
+    # The first token belongs to the prompt: seven were decoded.
+    rate = 7 / took["decode_seconds"]
+    assert took["decode_tokens_per_second"] == pytest.approx(rate)
+    assert took["prompt_tokens_per_second"] == pytest.approx(5 / took["prompt_seconds"])
+    assert took["peak_memory_bytes"] > 2**20
+    assert took["runner"] == ("native" if isa.installed() else "reference")
+    assert ("tier" in took and "threads" in took) == isa.installed()
+
+
+def test_run_json_of_one_token_has_no_decode_rate() -> None:
+    arguments = ["run", "stories", "-p", "Tim", "--max-tokens", "1", "--json"]
+    assert json.loads(earnest(*arguments).stdout)["timings"]["decode_tokens_per_second"] is None
+
+
+@pytest.mark.parametrize("runner", ["native", "reference"])
+def test_run_shows_timings_on_request(runner: str) -> None:
+    if runner == "native" and not isa.installed():
+        pytest.skip("the compiled kernels are not built")
+    arguments = ["run", "stories", "Tim", "--max-tokens", "5", "--ignore-eos"]
+    done = earnest(*arguments, "--runner", runner, "--timings")
+    assert done.returncode == 0, done.stderr
+    for words in ("tokens/s", "first token after", "answer: 5 tokens", "peak memory"):
+        assert words in done.stderr
+    assert f"runner {runner}" in done.stderr
+    assert "tokens/s" not in earnest(*arguments, "--runner", runner).stderr
+
+
+@pytest.mark.skipif(not isa.installed(), reason="the compiled kernels are not built")
+def test_run_takes_options_of_the_native_runner() -> None:
+    arguments = ["run", "stories", "Once upon", "--max-tokens", "5", "--temperature", "0"]
+    options = ["--kv", "f32", "--activation-bits", "15", "--threads", "1"]
+    done = earnest(*arguments, *options)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == earnest(*arguments, "--runner", "reference").stdout
+    refused = earnest(*arguments, "--runner", "reference", "--kv", "f32")
+    assert refused.returncode == 2
+    assert "native runner" in refused.stderr
+    assert earnest(*arguments, "--kv", "f64").returncode == 2
+
+
+def test_run_without_kernels_says_so_once_and_runs() -> None:
+    code = (
+        "from earnest import compiled\n"
+        "compiled.module = lambda: None\n"
+        "import earnest.cli.main as m\n"
+        "m.main(['run', 'stories', 'Tim', '--max-tokens', '3', '--timings'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("without its compiled kernels") == 1
+    assert "runner reference" in done.stderr
 
 
 def test_run_is_reproducible_with_a_seed() -> None:

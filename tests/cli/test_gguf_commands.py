@@ -1,4 +1,4 @@
-"""The verbs that write GGUF files, as a user meets them."""
+"""The verbs that write GGUF files and packed folders, as a user meets them."""
 
 from __future__ import annotations
 
@@ -66,7 +66,36 @@ def test_synth_to_gguf(tmp_path: Path) -> None:
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(target).tensors}
     assert kinds["blk.1.ffn_up_exps.weight"] == "Q4_0"
     assert not any(name.startswith("blk.2.") for name in kinds)
-    for wrong in (("folder", "--codec", "q4_0"), ("n.gguf", "--mtp")):
-        refused = earnest("synth", str(tmp_path / wrong[0]), *arguments, *wrong[1:])
-        assert refused.returncode == 2
+    refused = earnest("synth", str(tmp_path / "n.gguf"), *arguments, "--mtp")
+    assert refused.returncode == 2
     assert [entry.name for entry in tmp_path.iterdir()] == ["m.gguf"]
+
+
+def test_pack_and_the_way_back(folder: Path, tmp_path: Path) -> None:
+    packed, gguf_file = tmp_path / "small", tmp_path / "m.gguf"
+    done = earnest("pack", str(folder), str(packed), "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["layout"] == "panel" and "model.safetensors" in report["files"]
+    again = earnest("pack", str(folder), str(packed))
+    assert again.returncode == 2 and "--force" in again.stderr
+    shown = json.loads(earnest("inspect", str(packed), "--json").stdout)
+    assert (shown["container"], shown["has_mtp"]) == ("panel", True)
+    assert earnest("diff", str(folder), str(packed)).returncode == 0
+    done = earnest("convert", str(packed), str(gguf_file), "--to", "gguf")
+    assert done.returncode == 0, done.stderr
+    direct = tmp_path / "direct.gguf"
+    assert earnest("convert", str(folder), str(direct), "--to", "gguf").returncode == 0
+    assert gguf_file.read_bytes() == direct.read_bytes()
+
+
+def test_packed_folders_of_smaller_and_of_random_weights(folder: Path, tmp_path: Path) -> None:
+    smaller, made = tmp_path / "q8", tmp_path / "made"
+    done = earnest("quantize", str(folder), str(smaller), "--codec", "q8_0")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(earnest("inspect", str(smaller), "--json").stdout)["container"] == "panel"
+    arguments = ("--preset", "small-moe", "--layers", "2", "--codec", "q4_0", "--mtp")
+    done = earnest("synth", str(made), *arguments)
+    assert done.returncode == 0, done.stderr
+    ran = earnest("verify", str(made), "--json")
+    assert json.loads(ran.stdout)

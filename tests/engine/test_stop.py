@@ -43,6 +43,7 @@ def test_same_text_as_the_plain_search(text: str, stops: list[str], places: list
             break
     shown += matcher.flush()
     assert (shown, matcher.stopped) == plain(text, stops)
+    assert matcher.found is None or (matcher.found in stops and shown + matcher.found in text)
 
 
 @settings(max_examples=300)
@@ -115,20 +116,20 @@ def test_characters_split_over_tokens(
     shown = []
     for token in ids(b"a", b"\xe2", b"\x82", b"\xac", b"b", b"c"):
         shown.append(stream.push(token))
-        if stream.stopped:
+        if stream.found is not None:
             break
-    assert (shown, "".join(shown) + stream.finish(), stream.stopped) == expected
+    assert (shown, "".join(shown) + stream.finish(), stream.found is not None) == expected
 
 
 def test_broken_character_at_the_end() -> None:
     stream = TextStream(FakeDetokenizer(), ["x"], 0)
     assert [stream.push(token) for token in ids(b"a", b"\xe2", b"\x82")] == ["a", "", ""]
-    assert stream.finish() == "\ufffd" and not stream.stopped
+    assert stream.finish() == "\ufffd" and stream.found is None
     stream = TextStream(FakeDetokenizer(), ["\ufffd"], 0)
     stream.push(ids(b"\xe2")[0])
-    assert stream.finish() == "" and stream.stopped
+    assert stream.finish() == "" and stream.found == "\ufffd"
 
 
 def test_no_tokenizer_no_text() -> None:
     stream = TextStream(None, [], 0)
-    assert stream.push(3) == "" and stream.finish() == "" and not stream.stopped
+    assert stream.push(3) == "" and stream.finish() == "" and stream.found is None

@@ -14,11 +14,11 @@ from safetensors.numpy import load_file, save_file
 import earnest
 from earnest import codecs
 from earnest.checkpoint import Checkpoint, open_checkpoint, synth
+from earnest.checkpoint.containers.base import usable_cores
 from earnest.checkpoint.convert import convert
-from earnest.checkpoint.plan import usable_cores
 from earnest.config import preset
 from earnest.errors import FormatError, UserError
-from earnest.quantize import RECIPES, quantize, synth_gguf
+from earnest.quantize import RECIPES, quantize, synth_gguf, synth_packed
 
 STORIES = Path(earnest.__file__).parent / "hub" / "stories"
 # All rows are multiples of 256.
@@ -82,7 +82,7 @@ def test_it_does_not_depend_on_layout_or_cores(
     quantize(source, tmp_path / "a.gguf", "q4_k_m")
     convert(source, tmp_path / "hf-as" / "hf", "paddle")
     monkeypatch.setattr("earnest.checkpoint.plan._BLOCK_WEIGHTS", 5000)
-    monkeypatch.setattr("earnest.checkpoint.plan.usable_cores", lambda: 7)
+    monkeypatch.setattr("earnest.checkpoint.containers.base.usable_cores", lambda: 7)
     quantize(open_checkpoint(tmp_path / "hf-as" / "hf"), tmp_path / "b.gguf", "q4_k_m")
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
     assert usable_cores() >= 1
@@ -141,8 +141,6 @@ def test_weights_without_a_place_name_their_tensor(value: float, tmp_path: Path)
 def test_unknown_codecs_are_refused(source: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="unknown codec"):
         quantize(source, tmp_path / "m.gguf", "bf16")
-    with pytest.raises(UserError, match=r"\.gguf"):
-        quantize(source, tmp_path / "folder", "q8_0")
 
 
 # --- true shapes, random weights ------------------------------------------------------------------
@@ -186,3 +184,30 @@ def test_synth_weights_are_plausible(tmp_path: Path) -> None:
     model = earnest.load(tmp_path / "a.gguf")
     logits = model.logits([1, 2, 3, 500])
     assert np.isfinite(logits).all() and 0.5 < logits.std() < 8
+
+
+@pytest.mark.parametrize("codec", ["q4_0", "q4_k_m", "bf16"])
+@pytest.mark.parametrize("tile", [2**20, 2**14])
+def test_synth_gives_the_same_weights_packed_and_as_gguf(
+    codec: str, tile: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("earnest.quantize.synthetic._TILE_WEIGHTS", tile)
+    config = replace(ROOMY, vocab_size=301, moe_intermediate_size=264, tie_word_embeddings=False)
+    synth_gguf(tmp_path / "m.gguf", config, codec, seed=3)
+    report = synth_packed(tmp_path / "packed", config, codec, seed=3)
+    a, b = open_checkpoint(tmp_path / "m.gguf"), open_checkpoint(tmp_path / "packed")
+    assert report.layout == b.container == "panel"
+    assert list(a.tensors) == list(b.tensors)
+    for name, tensor in a.tensors.items():
+        assert tensor.codec == b.tensors[name].codec
+        assert np.array_equal(tensor.raw(), b.tensors[name].raw()), name
+
+
+def test_synth_packs_the_prediction_block_if_asked(tmp_path: Path) -> None:
+    config = replace(ROOMY, num_nextn_predict_layers=1)
+    synth_packed(tmp_path / "packed", config, "q4_0", seed=3, mtp=True)
+    made = open_checkpoint(tmp_path / "packed")
+    assert made.has_mtp
+    assert made.tensors["model.mtp_block.0.mlp.up_proj.weight"].codec.name == "q4_0"
+    with pytest.raises(UserError, match="multi-token-prediction"):
+        synth_packed(tmp_path / "none", ROOMY, "q4_0", seed=3, mtp=True)

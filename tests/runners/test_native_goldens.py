@@ -66,7 +66,7 @@ def stories(shared: Path):
     return open_checkpoint(shared / "data/models/stories260k-ernie"), golden
 
 
-@pytest.mark.parametrize("kv", ["f32", "bf16"])
+@pytest.mark.parametrize("kv", ["f32", "f16", "bf16"])
 def test_stories_greedy_text_from_nothing(stories, batch_of, kv: str) -> None:
     checkpoint, golden = stories
     expected = golden["greedy_ids_from_bos"]

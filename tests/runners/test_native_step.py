@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -20,6 +23,7 @@ from earnest.checkpoint.lazy import LazyTensor
 from earnest.codecs.panel import PANELS
 from earnest.codecs.registry import CODECS
 from earnest.config import ErnieConfig
+from earnest.engine import LanguageModel, SamplingParams
 from earnest.errors import MemoryBudgetError, PromptError, TensorsError, UserError
 from earnest.runners import Routing
 from earnest.runners.native import isa
@@ -29,7 +33,7 @@ pytestmark = pytest.mark.skipif(not isa.installed(), reason="the compiled kernel
 
 if isa.installed():
     from earnest.runners.native.packing import plan_packing
-    from earnest.runners.native.runner import NativeRunner
+    from earnest.runners.native.runner import KvType, NativeRunner, kv_bytes_per_token
 
 TIERS = isa.available_tiers() if isa.installed() else []
 
@@ -100,11 +104,14 @@ def arrays_of(config: ErnieConfig, weights_of, seed: int) -> dict[str, np.ndarra
 
 
 def stored_in(checkpoint: Checkpoint, codec_name: str) -> Checkpoint:
-    """The same checkpoint with its matrices (the router apart) encoded in a codec."""
+    """The same checkpoint with its matrices encoded in a codec, but for the router and those whose
+    rows are not whole blocks."""
     codec = CODECS[codec_name]
 
     def encoded(tensor: LazyTensor) -> LazyTensor:
         if len(tensor.shape) == 1 or tensor.name.endswith("mlp.gate.weight"):
+            return tensor
+        if tensor.shape[1] % codec.block_weights:
             return tensor
         raw = codec.encode(tensor.read()) if codec.encode else tensor.read().astype(codec.storage)
         return replace(tensor, codec=codec, view=lambda: raw)
@@ -238,10 +245,25 @@ def in_chunks(runner, batch_of, ids: list[int], table: list[int], chunk: int) ->
     )
 
 
-@pytest.mark.parametrize("config", [DENSE, MIXTURE], ids=["dense", "mixture"])
-@pytest.mark.parametrize("codec", ["f32", "bf16", "q8_0", "q4_0", "q4_1"])
-def test_invariance(config: ErnieConfig, codec: str, checkpoint_of, weights_of, batch_of) -> None:
-    """Threads 1 to 8, chunks of every kind, batches of 1 to 9 sequences: bit for bit."""
+# Rows of 256 columns, which the K-quants need.
+WIDE = replace(MIXTURE, hidden_size=256, moe_intermediate_size=256, num_hidden_layers=2)
+
+
+@pytest.mark.parametrize(
+    ("codec", "config", "whole"),
+    [
+        *[(codec, DENSE, False) for codec in ("f32", "bf16", "q8_0", "q4_0", "q4_1")],
+        *[(codec, MIXTURE, False) for codec in ("f32", "f16", "q8_0", "q4_1", "q5_0", "q5_1")],
+        *[(codec, WIDE, False) for codec in ("q4_k", "q5_k", "q6_k")],
+        *[(codec, MIXTURE, True) for codec in ("bf16", "q4_0")],
+    ],
+    ids=lambda value: {id(DENSE): "dense", id(WIDE): "wide", id(MIXTURE): "mixture"}.get(id(value)),
+)
+def test_invariance(
+    codec: str, config: ErnieConfig, whole: bool, checkpoint_of, weights_of, batch_of
+) -> None:
+    """Threads 1 to 8, chunks of every kind, batches of 1 to 9 sequences: bit for bit. Every codec,
+    and for two of them the whole matrix."""
     checkpoint = stored_in(checkpoint_of(config, weights_of(config)), codec)
     rng = np.random.default_rng(5)
     lengths = rng.permutation(np.arange(9) * 4 + 3)
@@ -254,7 +276,7 @@ def test_invariance(config: ErnieConfig, codec: str, checkpoint_of, weights_of, 
     for threads in range(1, 9):
         runner = NativeRunner(checkpoint, num_blocks=27, block_size=16, threads=threads)
         # More threads than cores take turns, slowly: with them a part of the matrix each.
-        few = threads > 2
+        few = threads > 2 and not whole
         for chunk in (1 + threads,) if few else (1, 2, 5, 16, 64):
             got = in_chunks(runner, batch_of, prompts[0], tables[0], chunk)
             np.testing.assert_array_equal(got, alone[0])
@@ -330,17 +352,26 @@ def test_what_stale_blocks_hold_does_not_matter(checkpoint_of, weights_of, batch
 def test_codecs_without_kernels_are_reencoded(
     checkpoint_of, weights_of, batch_of, caplog: pytest.LogCaptureFixture
 ) -> None:
-    checkpoint = stored_in(checkpoint_of(MIXTURE, weights_of(MIXTURE)), "f64")
+    """Other blocks to q8_0, other plain types to float32."""
+    rng, blocks = np.random.default_rng(3), CODECS["iq4_nl"]
+
+    def in_blocks(tensor: LazyTensor) -> LazyTensor:
+        if len(tensor.shape) == 1 or tensor.name.endswith("mlp.gate.weight"):
+            return tensor
+        raw = rng.integers(256, size=blocks.stored_shape(tensor.shape), dtype=np.uint8)
+        scales = np.float16(0.2 / 64).tobytes()
+        raw.reshape(-1, blocks.block_bytes)[:, :2] = np.frombuffer(scales, np.uint8)
+        return replace(tensor, codec=blocks, view=lambda: raw)
+
+    plain = checkpoint_of(MIXTURE, weights_of(MIXTURE))
+    tensors = {name: in_blocks(tensor) for name, tensor in plain.tensors.items()}
     with caplog.at_level("WARNING", logger="earnest"):
-        runner = NativeRunner(checkpoint, num_blocks=2, kv="f32", activation_bits=15)
+        NativeRunner(stored_in(plain, "f64"), num_blocks=2)
+        runner = NativeRunner(replace(plain, tensors=tensors), num_blocks=2, kv="f32")
     assert "re-encoded" in caplog.text
-    assert "from f64 to q8_0" in caplog.text
-    q8 = NativeRunner(
-        stored_in(checkpoint_of(MIXTURE, weights_of(MIXTURE)), "q8_0"),
-        num_blocks=2,
-        kv="f32",
-        activation_bits=15,
-    )
+    assert "from f64 to f32" in caplog.text
+    assert "from iq4_nl to q8_0" in caplog.text
+    q8 = NativeRunner(stored_in(replace(plain, tensors=tensors), "q8_0"), num_blocks=2, kv="f32")
     batch = batch_of(([1, 2, 3], 0, [0]))
     np.testing.assert_array_equal(runner.step(batch), q8.step(batch))
 
@@ -385,7 +416,7 @@ def test_refused_before_memory_is_taken(
         {"num_blocks": 4, "block_size": 24},
         {"num_blocks": 4, "threads": 0},
         {"num_blocks": 4, "memory_budget": -1},
-        {"num_blocks": 4, "kv": "f16"},
+        {"num_blocks": 4, "kv": "q4_0"},
         {"num_blocks": 4, "activation_bits": 7},
     ],
 )
@@ -412,24 +443,61 @@ def test_batches_that_make_no_sense(checkpoint_of, weights_of, batch_of) -> None
         runner.step(batch_of(([], 0, [0]), rows=[]))
 
 
-def test_ctrl_c_ends_a_step(checkpoint_of, weights_of, batch_of) -> None:
-    config = replace(MIXTURE, num_hidden_layers=40, max_position_embeddings=40_000)
-    runner = NativeRunner(checkpoint_of(config, weights_of(config)), num_blocks=1250, threads=1)
-    batch = batch_of((np.arange(40_000) % 200, 0, range(1250)), rows=[0])
-    signal.setitimer(signal.ITIMER_REAL, 0.3)
+def test_keys_and_values_take_what_is_planned(checkpoint_of, weights_of) -> None:
+    for head_dim in (16, 24, 64, 128):
+        config = replace(MIXTURE, head_dim=head_dim)
+        checkpoint = checkpoint_of(config, weights_of(config))
+        for kv in get_args(KvType):
+            runner = NativeRunner(checkpoint, num_blocks=3, kv=kv, threads=1)
+            positions = runner.num_blocks * runner.block_size
+            assert runner.kv_bytes == positions * kv_bytes_per_token(config, kv)
+
+
+# --- Ctrl-C ---------------------------------------------------------------------------------------
+
+DEEP = replace(MIXTURE, num_hidden_layers=40, max_position_embeddings=40_000)
+
+
+@contextmanager
+def interrupt_after(seconds: float) -> Iterator[None]:
+    """Ctrl-C, later; the body must end in it, and soon."""
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
         begun = time.monotonic()
         with pytest.raises(KeyboardInterrupt):
-            runner.step(batch)
+            yield
         assert time.monotonic() - begun < 20
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, previous)
+
+
+def test_ctrl_c_ends_a_step(checkpoint_of, weights_of, batch_of) -> None:
+    checkpoint = checkpoint_of(DEEP, weights_of(DEEP))
+    runner = NativeRunner(checkpoint, num_blocks=1250, threads=1)
+    with interrupt_after(0.3):
+        runner.step(batch_of((np.arange(40_000) % 200, 0, range(1250)), rows=[0]))
     small = batch_of(([1, 2, 3], 0, [0]))
-    again = NativeRunner(runner_checkpoint(config, checkpoint_of, weights_of), num_blocks=2)
+    again = NativeRunner(checkpoint, num_blocks=2)
     np.testing.assert_array_equal(runner.step(small), again.step(small))
 
 
-def runner_checkpoint(config: ErnieConfig, checkpoint_of, weights_of) -> Checkpoint:
-    return checkpoint_of(config, weights_of(config))
+def test_ctrl_c_leaves_the_model_usable(checkpoint_of, weights_of) -> None:
+    checkpoint = checkpoint_of(DEEP, weights_of(DEEP))
+    runner = NativeRunner(checkpoint, num_blocks=1250, threads=1)
+    model = LanguageModel(checkpoint, runner, notice=lambda _: None)
+    wanted, many = model.logits([1, 2, 3]), (np.arange(39_000) % 200).tolist()
+    greedy = SamplingParams(temperature=0, max_tokens=3, ignore_eos=True)
+    answer = model.generate([5, 6], greedy).token_ids
+    for call in (
+        lambda: model.generate(many, greedy),
+        lambda: next(model.stream(many, greedy)),
+        lambda: model.logits(many),
+        lambda: model.routing(many),
+    ):
+        with interrupt_after(0.2):
+            call()
+        np.testing.assert_array_equal(model.logits([1, 2, 3]), wanted)
+        assert model.generate([5, 6], greedy).token_ids == answer
+        model._engine.blocks.check_idle()

@@ -9,7 +9,7 @@
 namespace earnest {
 
 // How keys and values are kept.
-enum KvType : int32_t { kKvF32, kKvBf16 };
+enum KvType : int32_t { kKvF32, kKvBf16, kKvF16 };
 
 // Positions that attention works on together, counted from position 0 of a sequence. Neither the
 // batch, nor the chunk, nor the number of threads changes where they lie: that fixes the order of
@@ -59,12 +59,15 @@ struct StepKernels {
   int64_t (*stateFloats)(int64_t channels);
   // The states of all queries and heads, [tokens][heads][stateFloats], over the positions of one
   // segment that each may see. Tokens that see none of them are left alone.
-  void (*attendSegment)(const Attention& a, int64_t segment, float* states, float* scratch);
-  size_t (*attendScratchFloats)();
+  void (*attendSegment)(const Attention& a, int64_t segment, float* states, uint8_t* scratch);
+  // For `queries` = tokens * heads; aligned to 64.
+  size_t (*attendScratchBytes)(int64_t queries, int64_t channels);
   // `into` after what it has seen and then what `from` has seen.
   void (*mergeState)(float* into, const float* from, int64_t channels);
   // out[c] = values of a state over its sum.
   void (*finishState)(const float* state, int64_t channels, float* out);
+  // To half floats, ties to even. What is finite stays so: beyond 65504 it is that.
+  void (*storeHalves)(const float* x, int64_t count, uint8_t* out);
 };
 
 }  // namespace earnest

@@ -193,6 +193,8 @@ def _present(
         return LazyTensor(
             spec.name, codecs.codec("f32"), spec.shape, _decoded(region, tensor), tensor.origin
         )
+    if region.is_whole and region.index is None:
+        return tensor.renamed(spec.name)
     return LazyTensor(spec.name, codec, spec.shape, _extracted(region, tensor), tensor.origin)
 
 
@@ -217,8 +219,6 @@ def _as_stored(spec: TensorSpec, region: Region, shape: tuple[int, ...]) -> Regi
 
 
 def _extracted(region: Region, tensor: LazyTensor) -> Callable[[], Raw]:
-    if region.is_whole and region.index is None:
-        return tensor.view
     return lambda: region.extract(tensor.view(), tensor.codec)
 
 

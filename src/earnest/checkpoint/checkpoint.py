@@ -42,7 +42,7 @@ class Checkpoint:
     Attributes:
         path: the file or folder it was opened from.
         config: the model's numbers.
-        container: "safetensors" or "gguf".
+        container: "safetensors", "gguf" or "panel" (a packed model).
         dialect: naming and layout of the stored tensors, one of `names.DIALECTS`: "hf",
             "hf_packed", "paddle", "gguf", "vl" or "vl_packed".
         tensors: canonical name (that of the published `-PT` files) to tensor, in the order of the

@@ -8,7 +8,6 @@ safetensors cannot hold them.
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -18,22 +17,13 @@ from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.checkpoint.names import StoredTensor, tensor_specs
 from earnest.checkpoint.plan import Choose, plan_notes, plan_tensors, refuse_overlap, state_of
+from earnest.checkpoint.side_files import copy_side_files
 from earnest.checkpoint.writer import Layout, WriteReport, write_checkpoint
 from earnest.codecs.base import Codec
-from earnest.errors import TokenizerError, UserError
-from earnest.files import machine_errors, read_bytes, staged_file, write_json
+from earnest.errors import UserError
 from earnest.log import Progress, silent
 
 DTYPES = ("bf16", "f16", "f32")
-
-# Beside the weights of a folder, small plain files belong to the model: tokenizer, templates,
-# licence, card. Not code: it would describe the layout that is left behind.
-_MAX_SIDE_FILE = 64 * 2**20
-_NOT_COPIED = re.compile(
-    r"\.(safetensors|bin|pt|pth|ckpt|pdparams|gguf|npz|npy|pkl|pickle|h5|msgpack|onnx|pyc|part|lock"
-    r"|index\.json)$"
-)
-_TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "vocab.json", "spiece.model")
 
 
 def convert(
@@ -83,7 +73,7 @@ def convert(
         shard_bytes=shard_bytes,
         force=force,
         progress=progress,
-        side_files=partial(_side_files, source),
+        side_files=partial(copy_side_files, source),
         left_out=source.left_out,
         notes=[*source.notes, *plan_notes(plan, dtype or "bf16")],
     )
@@ -106,47 +96,3 @@ def _kept(tensor: LazyTensor, is_fp32: bool, dtype: str | None) -> Codec:
     if dtype is None and tensor.codec.is_plain:
         return tensor.codec
     return codecs.codec("f32" if is_fp32 else dtype or "bf16")
-
-
-# --- what lies beside the weights -------------------------------------------------------------
-
-
-def _side_files(source: Checkpoint, folder: Path) -> list[str]:
-    """Copy or make everything but weights and configuration; returns notes."""
-    if source.container == "gguf":
-        return _made_side_files(source, folder)
-    origin = source.path if source.path.is_dir() else source.path.parent
-    notes = []
-    for file in _small_files(origin):
-        if file.suffix == ".py":
-            notes.append(f"{file.name} was not copied: code describes the layout it came with")
-            continue
-        data = read_bytes(file, _MAX_SIDE_FILE)
-        with staged_file(folder / file.name) as copy:
-            copy.write(data)
-    if not any((folder / name).exists() for name in _TOKENIZER_FILES):
-        notes.append("the source has no tokenizer, so the result has none")
-    return notes
-
-
-def _small_files(origin: Path) -> list[Path]:
-    with machine_errors(origin, "reading"):
-        return [
-            file
-            for file in sorted(origin.iterdir())
-            if file.is_file()
-            and file.name != "config.json"
-            and not file.name.startswith(".")
-            and not _NOT_COPIED.search(file.name)
-            and file.stat().st_size <= _MAX_SIDE_FILE
-        ]
-
-
-def _made_side_files(source: Checkpoint, folder: Path) -> list[str]:
-    if source.generation_config:
-        write_json(folder / "generation_config.json", dict(source.generation_config))
-    try:
-        source.tokenizer.save(folder)
-    except TokenizerError as error:
-        return [f"the tokenizer could not be taken along: {error.problem}"]
-    return []

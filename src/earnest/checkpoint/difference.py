@@ -193,10 +193,9 @@ def _compare(
         return TensorDifference(name, "identical", *sides)
     measure = _Measure()
     same_codec = a.codec == b.codec
-    stored_a, stored_b = a.raw(), b.raw()
     same_rows = []
     for rows, block_a in a.row_blocks(_BLOCK_WEIGHTS):
-        block_b = stored_b[rows]
+        block_b = b.raw_rows(rows)
         if same_codec and _same_bits(block_a, block_b):
             same_rows.append(rows)
         else:
@@ -204,7 +203,7 @@ def _compare(
         streamed(block_a.nbytes)
     if measure.touched:  # only then do the equal rows count, in the denominators
         for rows in same_rows:
-            measure.add_same(a.codec.decode(stored_a[rows]))
+            measure.add_same(a.read_rows(rows))
     if not measure.touched and same_codec:
         return TensorDifference(name, "identical", *sides)
     if not measure.changed:

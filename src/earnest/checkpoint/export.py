@@ -27,12 +27,11 @@ from earnest.checkpoint.plan import (
     state_of,
     tensors_digest,
 )
-from earnest.checkpoint.writer import WriteReport
+from earnest.checkpoint.writer import WriteReport, resumable
 from earnest.codecs.base import Codec
 from earnest.codecs.encode import GENERATION
 from earnest.config import to_gguf
-from earnest.errors import DiskFullError, FormatError, TokenizerError, UserError
-from earnest.files import StagedFolder, require_space
+from earnest.errors import FormatError, TokenizerError, UserError
 from earnest.log import Progress, silent
 from earnest.tokenizer.gguf_write import corrected
 
@@ -198,20 +197,10 @@ def write_staged(
             f"{destination} cannot be the name of a GGUF file",
             expected="a file name that ends in .gguf",
         )
-    partial = StagedFolder.partial_path(destination) / _UNDER_WAY
-    under_way = partial.stat().st_size if partial.is_file() else 0
-    require_space(destination, file_bytes(tensors, metadata) - under_way)
     identity = {**fingerprint, "encoders": GENERATION, "tensors": tensors_digest(tensors)}
-    with StagedFolder(destination, identity, force=force) as staged:
-        try:
-            resumed = write_file(staged.path / _UNDER_WAY, tensors, metadata, progress)
-            staged.commit_file(_UNDER_WAY)
-        except DiskFullError as error:
-            raise DiskFullError(
-                error.problem,
-                remedy="free some space and run the same command again: it goes on from what is "
-                f"finished, which is kept in {staged.path}",
-            ) from error
+    with resumable(destination, identity, file_bytes(tensors, metadata), force=force) as staged:
+        resumed = write_file(staged.path / _UNDER_WAY, tensors, metadata, progress)
+        staged.commit_file(_UNDER_WAY)
     return resumed
 
 

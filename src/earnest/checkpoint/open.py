@@ -1,8 +1,9 @@
 """`open_checkpoint`: from a path to a `Checkpoint`, finding out by itself what lies there.
 
-A path is a folder (Hugging Face, Paddle or vision-language layout in safetensors files, or one
-GGUF model), a single safetensors file with its `config.json` beside it, or a GGUF file. Only
-headers and small JSON files are read; every tensor stays where it is until it is asked for.
+A path is a folder (Hugging Face, Paddle or vision-language layout in safetensors files, a packed
+model, or one GGUF model), a single safetensors file with its `config.json` beside it, or a GGUF
+file. Only headers and small JSON files are read; every tensor stays where it is until it is asked
+for.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from earnest import config as configs
 from earnest.checkpoint.assemble import assemble, family_of
 from earnest.checkpoint.checkpoint import Checkpoint
-from earnest.checkpoint.containers import gguf, safetensors
+from earnest.checkpoint.containers import gguf, panel, safetensors
 from earnest.checkpoint.containers.base import StoredFile
 from earnest.errors import FormatError, UserError
 from earnest.files import machine_errors, read_json
@@ -95,17 +96,20 @@ def _open_safetensors(
             )
     raw = read_json(config_path, _MAX_CONFIG_BYTES)
     config = configs.from_hf(raw)
+    is_packed = panel.is_packed(stored)
+    if is_packed:
+        stored = panel.unpacking(stored)
     assembly = assemble(
         str(path),
         stored.tensors,
         config,
-        family_of(stored.tensors),
+        "hf" if is_packed else family_of(stored.tensors),
         allow_missing_correction_bias=allow_missing_correction_bias,
     )
     return Checkpoint(
         path=path,
         config=assembly.config,
-        container="safetensors",
+        container="panel" if is_packed else "safetensors",
         dialect=assembly.dialect,
         tensors=assembly.tensors,
         left_out=assembly.left_out,

@@ -1,18 +1,16 @@
 """What a writer streams: the stored tensors of a layout, made of the canonical ones of a source.
 
 Weights stream from memory map to file in blocks of rows of the output, so memory does not depend
-on the size of the model. What has to be encoded anew is encoded on all cores, a few blocks ahead of
-the file; blocks come out in order whoever made them.
+on the size of the model. A block is planned as work, which `containers.base.stream` does on all
+cores, a few blocks ahead of the file.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import os
-from collections import Counter, deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -22,7 +20,7 @@ import numpy as np
 
 from earnest import codecs
 from earnest.checkpoint.checkpoint import Checkpoint
-from earnest.checkpoint.containers.base import PlannedTensor
+from earnest.checkpoint.containers.base import Block, PlannedTensor
 from earnest.checkpoint.lazy import LazyTensor, contiguous
 from earnest.checkpoint.names import Dialect, Region, StoredTensor, stored
 from earnest.codecs.base import Codec, Raw
@@ -41,8 +39,8 @@ Choose = Callable[[StoredTensor, LazyTensor], Codec]
 """The type that a tensor of the source shall have in a stored tensor of the target."""
 
 
-_Block = tuple[Raw, LazyTensor]
-"""Some stored rows, and the tensor they belong to."""
+_Work = tuple[Block, int]
+"""What makes a part of a stored tensor, and how many bytes it reads."""
 
 
 @dataclass
@@ -138,73 +136,63 @@ def _blocks(
     parts: Sequence[tuple[LazyTensor, Region]],
     codec: Codec,
     streamed: Callable[[int], None],
-) -> Iterator[Raw]:
-    """A stored tensor of `shape` in row-major order, made of canonical tensors."""
+) -> Iterator[Block]:
+    """A stored tensor of `shape` in row-major order, made of canonical tensors; blocks of whole
+    rows, of whole panels where nothing is transposed."""
     blocks = _transposed if parts[0][1].transposed else _stacked
-    for block in blocks(shape, parts, codec):
+    for block, nbytes in blocks(shape, parts, codec):
         yield block
-        streamed(block.nbytes)
+        streamed(nbytes)
 
 
 def _stacked(
     shape: tuple[int, ...], parts: Sequence[tuple[LazyTensor, Region]], codec: Codec
-) -> Iterator[Raw]:
+) -> Iterator[_Work]:
     """Parts that lie one after the other, rows in order."""
-    blocks = (
-        (block, tensor) for tensor, _ in parts for _, block in tensor.row_blocks(_BLOCK_WEIGHTS)
-    )
-    if all(tensor.codec == codec for tensor, _ in parts):
-        yield from (block for block, _ in blocks)
-    else:
-        yield from _in_order(partial(_recoded, codec=codec), blocks)
+    for tensor, _ in parts:
+        row_bytes = tensor.nbytes // max(1, tensor.shape[0])
+        for rows in tensor.row_slices(_BLOCK_WEIGHTS):
+            yield partial(_some_rows, tensor, rows, codec), (rows.stop - rows.start) * row_bytes
+
+
+def _some_rows(tensor: LazyTensor, rows: slice, codec: Codec) -> Raw:
+    return _recoded(contiguous(tensor.raw_rows(rows)), tensor, codec)
 
 
 def _transposed(
     shape: tuple[int, ...], parts: Sequence[tuple[LazyTensor, Region]], codec: Codec
-) -> Iterator[Raw]:
+) -> Iterator[_Work]:
     """Parts that lie side by side, each transposed: `[in, out]`."""
     rows, width = shape
     step = max(1, _BLOCK_WEIGHTS // width // _TRANSPOSED_ROWS) * _TRANSPOSED_ROWS
+    # A view of the file, or what was unpacked from it: once, not for every strip.
+    sources = [(tensor, tensor.raw(), region) for tensor, region in parts]
     for start in range(0, rows, step):
         stop = min(start + step, rows)
-        out = np.empty((stop - start, width), codec.storage)
-        for tensor, region in parts:
-            per_block = tensor.codec.block_weights
-            # In units of the stored array: numbers of plain types, bytes of block types.
-            unit = 1 if tensor.codec.is_plain else tensor.codec.block_bytes
-            columns = slice(start // per_block * unit, stop // per_block * unit)
-            block = _recoded((tensor.raw()[:, columns], tensor), codec)
-            out[:, region.start : region.stop] = contiguous(block.T)
-        yield out
+        nbytes = (stop - start) * width * codec.storage.itemsize
+        yield partial(_strip, sources, start, stop, width, codec), nbytes
 
 
-def _in_order(work: Callable[[_Block], Raw], blocks: Iterable[_Block]) -> Iterator[Raw]:
-    """The results of `work`, done on all cores that this process may use, in the order of the
-    blocks."""
-    workers = usable_cores()
-    pending: deque[Future[Raw]] = deque()
-    with ThreadPoolExecutor(workers) as pool:
-        try:
-            for block in blocks:
-                pending.append(pool.submit(work, block))
-                if len(pending) > workers:
-                    yield pending.popleft().result()
-            while pending:
-                yield pending.popleft().result()
-        finally:
-            for future in pending:
-                future.cancel()
+def _strip(
+    sources: Sequence[tuple[LazyTensor, Raw, Region]],
+    start: int,
+    stop: int,
+    width: int,
+    codec: Codec,
+) -> Raw:
+    """Columns `[start, stop)` of the sources as rows of the output."""
+    out = np.empty((stop - start, width), codec.storage)
+    for tensor, raw, region in sources:
+        per_block = tensor.codec.block_weights
+        # In units of the stored array: numbers of plain types, bytes of block types.
+        unit = 1 if tensor.codec.is_plain else tensor.codec.block_bytes
+        columns = slice(start // per_block * unit, stop // per_block * unit)
+        block = _recoded(raw[:, columns], tensor, codec)
+        out[:, region.start : region.stop] = contiguous(block.T)
+    return out
 
 
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
-def _recoded(piece: _Block, codec: Codec) -> Raw:
-    block, tensor = piece
+def _recoded(block: Raw, tensor: LazyTensor, codec: Codec) -> Raw:
     if tensor.codec == codec:
         return block
     assert codec.encode is not None

@@ -91,12 +91,8 @@ def synth(
     """
     if dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(DTYPES))
-    if mtp and not config.num_nextn_predict_layers:
-        raise UserError(
-            "this configuration has no multi-token-prediction block",
-            expected="num_nextn_predict_layers of at least 1",
-            remedy="leave mtp out, or take a preset that has one, such as 21b-a3b",
-        )
+    if mtp:
+        require_mtp(config)
     config = replace(
         config,
         dtype={"bf16": "bfloat16", "f16": "float16", "f32": "float32"}[dtype],
@@ -120,6 +116,20 @@ def synth(
         progress=progress,
         notes=(_NO_TOKENIZER,),
     )
+
+
+def require_mtp(config: ErnieConfig) -> None:
+    """Refuse a configuration without a multi-token-prediction block.
+
+    Raises:
+        UserError: it has none.
+    """
+    if not config.num_nextn_predict_layers:
+        raise UserError(
+            "this configuration has no multi-token-prediction block",
+            expected="num_nextn_predict_layers of at least 1",
+            remedy="leave mtp out, or take a preset that has one, such as 21b-a3b",
+        )
 
 
 def _stream(spec: TensorSpec, codec: Codec, seed: int) -> Callable[[], Iterator[Raw]]:

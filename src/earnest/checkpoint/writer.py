@@ -6,14 +6,16 @@ files it finished there; the same call again, with the same input, keeps them an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from earnest.checkpoint.checkpoint import LeftOut
+from earnest.checkpoint.containers import panel
 from earnest.checkpoint.containers.base import PlannedTensor
-from earnest.checkpoint.containers.safetensors import write_shards
+from earnest.checkpoint.containers.safetensors import SINGLE, write_shards
 from earnest.checkpoint.plan import tensors_digest
 from earnest.config import ErnieConfig, to_hf
 from earnest.errors import DiskFullError
@@ -36,11 +38,11 @@ class WriteReport:
     """What was written.
 
     Attributes:
-        path: the folder.
-        layout: "hf" or "paddle".
+        path: the folder, or the GGUF file.
+        layout: "hf", "paddle", "panel" or "gguf".
         tensors: how many stored tensors.
         nbytes: their size.
-        files: names of all files in the folder.
+        files: names of all files in the folder, or that of the file.
         resumed: whether an interrupted run was continued.
         left_out: what the source holds and the result does not.
         notes: what a careful reader should know, one sentence each.
@@ -69,9 +71,9 @@ def write_checkpoint(
     plan: Sequence[PlannedTensor],
     config: ErnieConfig,
     *,
-    layout: Layout,
+    layout: Layout | Literal["panel"],
     fingerprint: dict[str, Any],
-    shard_bytes: int,
+    shard_bytes: int = 5 * 10**9,
     force: bool,
     progress: Progress = silent,
     side_files: Callable[[Path], Sequence[str]] = _no_side_files,
@@ -84,9 +86,10 @@ def write_checkpoint(
         destination: the folder to make.
         plan: the tensors to stream, in order.
         config: the model's numbers; its `dtype` is set to the type most weights are written in.
-        layout: "hf" or "paddle"; decides the spelling of `config.json`.
+        layout: "hf", "paddle" or "panel"; decides the spelling of `config.json`, and how the
+            tensors are stored: in shards, or in one packed file.
         fingerprint: what the weights depend on besides the plan's names, types and shapes.
-        shard_bytes: the largest file, unless a single tensor is larger.
+        shard_bytes: the largest shard, unless a single tensor is larger.
         force: replace a destination that exists.
         progress: told about bytes written.
         side_files: writes further files into the folder it is given; returns notes.
@@ -99,8 +102,6 @@ def write_checkpoint(
     """
     total = sum(tensor.nbytes for tensor in plan)
     config = replace(config, dtype=_main_dtype(plan) or config.dtype)
-    staged_name = StagedFolder.partial_path(destination)
-    require_space(destination, total + _OVERHEAD_BYTES - _size_of(staged_name))
     identity = {
         **fingerprint,
         "layout": layout,
@@ -108,18 +109,14 @@ def write_checkpoint(
         "config": asdict(config),
         "tensors": tensors_digest(plan),
     }
-    with StagedFolder(destination, identity, force=force) as staged:
-        try:
+    with resumable(destination, identity, total + _OVERHEAD_BYTES, force=force) as staged:
+        write_json(staged.path / "config.json", config_json(config, layout))
+        more_notes = side_files(staged.path)
+        if layout == "panel":
+            panel.write_file(staged.path / SINGLE, plan, progress)
+        else:
             write_shards(staged.path, plan, shard_bytes, _METADATA[layout], progress)
-            write_json(staged.path / "config.json", config_json(config, layout))
-            more_notes = side_files(staged.path)
-            staged.commit()
-        except DiskFullError as error:
-            raise DiskFullError(
-                error.problem,
-                remedy="free some space and run the same command again: it goes on from what is "
-                f"finished, which is kept in {staged.path}",
-            ) from error
+        staged.commit()
     with machine_errors(destination, "reading"):
         files = tuple(sorted(entry.name for entry in destination.iterdir()))
     return WriteReport(
@@ -134,8 +131,38 @@ def write_checkpoint(
     )
 
 
-def config_json(config: ErnieConfig, layout: Layout) -> dict[str, Any]:
-    """The content of `config.json`: Hugging Face's spelling, or Paddle's.
+@contextlib.contextmanager
+def resumable(
+    destination: Path, identity: dict[str, Any], nbytes: int, *, force: bool
+) -> Iterator[StagedFolder]:
+    """A staged folder that is refused at once if it cannot fit, and that a full disk leaves to be
+    continued.
+
+    Args:
+        destination: what is to appear.
+        identity: what the content depends on.
+        nbytes: its size.
+        force: replace a destination that exists.
+
+    Raises:
+        UserError: the destination exists, or another run is writing it.
+        DiskFullError: fewer bytes are free than are missing, or the disk filled up.
+        AccessError, MachineError: the folder cannot be made.
+    """
+    require_space(destination, nbytes - _size_of(StagedFolder.partial_path(destination)))
+    with StagedFolder(destination, identity, force=force) as staged:
+        try:
+            yield staged
+        except DiskFullError as error:
+            raise DiskFullError(
+                error.problem,
+                remedy="free some space and run the same command again: it goes on from what is "
+                f"finished, which is kept in {staged.path}",
+            ) from error
+
+
+def config_json(config: ErnieConfig, layout: str) -> dict[str, Any]:
+    """The content of `config.json`: Hugging Face's spelling, or that of layout "paddle".
 
     Paddle's readers tell their own folders from others by `dtype` in place of `torch_dtype`, and
     apply the correction bias where `moe_use_aux_free` says so.

@@ -60,8 +60,9 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -
 @click.option("--lock", is_flag=True, help="Pin the weights in RAM before measuring.")
 @click.option(
     "--runner",
-    type=click.Choice(["native", "reference"]),
-    help="Compiled kernels (default where installed), or plain numpy.",
+    type=click.Choice(["auto", "native", "reference"]),
+    default="auto",
+    help="Compiled kernels (the default where installed), or numpy: exact and slow.",
 )
 @allow_bias_option
 @json_option
@@ -73,7 +74,7 @@ def command(
     tokens: int,
     threads: int | None,
     lock: bool,
-    runner: Literal["native", "reference"] | None,
+    runner: Literal["auto", "native", "reference"],
     allow_missing_correction_bias: bool,
     as_json: bool,
 ) -> None:
@@ -92,7 +93,7 @@ def command(
         speed = measure_speed(
             checkpoint,
             what,
-            runner=runner,
+            runner=None if runner == "auto" else runner,
             threads=threads,
             lock=lock,
             loading=progress,

@@ -7,6 +7,7 @@ import sys
 from typing import Any
 
 from earnest.cli.terminal import notice, out
+from earnest.cli.timings import Timings
 from earnest.engine import LanguageModel, SamplingParams
 from earnest.errors import PromptError
 
@@ -18,11 +19,17 @@ Ctrl-C stops an answer; at the prompt it leaves."""
 
 
 def converse(
-    model: LanguageModel, params: SamplingParams, *, system: str | None, chatting: bool
+    model: LanguageModel,
+    params: SamplingParams,
+    *,
+    system: str | None,
+    chatting: bool,
+    watch: Timings | None = None,
 ) -> None:
     """Read lines and answer them, streaming, until /exit or end of input.
 
     A model without a chat format continues each line as plain text instead; that is said once.
+    With a `watch` every answer is followed by what it cost.
     """
     with contextlib.suppress(ImportError):
         import readline  # noqa: F401  (gives input() line editing and history)
@@ -56,7 +63,8 @@ def converse(
             continue
         turn = [*messages, {"role": "user", "content": line}]
         try:
-            answer = _answer(model, params, turn, line, chatting)
+            ids = model.chat_ids(turn) if chatting else model.text_ids(line)
+            answer = _answer(model, params, ids, watch)
         except PromptError as error:
             # The conversation no longer fits: say so and keep what was there before this line.
             notice(f"{error}\n/reset starts over")
@@ -70,13 +78,10 @@ def _opening(system: str | None) -> list[dict[str, Any]]:
 
 
 def _answer(
-    model: LanguageModel,
-    params: SamplingParams,
-    messages: list[dict[str, Any]],
-    line: str,
-    chatting: bool,
+    model: LanguageModel, params: SamplingParams, ids: list[int], watch: Timings | None
 ) -> str:
-    events = model.stream_chat(messages, params) if chatting else model.stream(line, params)
+    stream = model.stream(ids, params)
+    events = stream if watch is None else watch.watch(len(ids), stream)
     written: list[str] = []
     try:
         for event in events:
@@ -86,8 +91,8 @@ def _answer(
     except KeyboardInterrupt:
         notice(" [stopped]")
     finally:
-        close = getattr(events, "close", None)
-        if close is not None:
-            close()
+        stream.close()
     sys.stdout.write("\n")
+    if watch is not None:
+        notice(watch.line(model))
     return "".join(written)

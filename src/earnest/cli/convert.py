@@ -13,11 +13,8 @@ from earnest.cli.opening import opened
 from earnest.cli.terminal import (
     allow_bias_option,
     force_option,
-    human_bytes,
     json_option,
-    notice,
-    out,
-    print_json,
+    print_written,
     progress_bar,
 )
 
@@ -87,12 +84,4 @@ def command(
                 shard_bytes=int(shard_size * 1e9),
                 progress=progress,
             )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    out.print(
-        f"wrote {destination}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
-        markup=False,
-    )
-    for note in report.notes:
-        notice(note)
+    print_written(report, as_json=as_json)

@@ -18,11 +18,13 @@ from earnest.errors import EarnestError, MemoryBudgetError
 # --help and completion answer at once.
 VERBS = {
     "run": "Ask a model, or chat with it on a terminal.",
+    "serve": "Serve a model over HTTP, with OpenAI's interface.",
     "inspect": "Show what a checkpoint (or a preset) holds: config, parts, types, sizes.",
     "verify": "Check a checkpoint's integrity, its plausibility, and its exactness.",
     "diff": "List which tensors of two checkpoints differ, and by how much.",
     "convert": "Rewrite a checkpoint in the Hugging Face or the Paddle layout, or as GGUF.",
-    "quantize": "Write a checkpoint as a GGUF file of smaller weights.",
+    "pack": "Rewrite a checkpoint, without loss, so that it starts at once and runs in place.",
+    "quantize": "Write a checkpoint with smaller weights, packed or as a GGUF file.",
     "synth": "Write a checkpoint of true shapes with random weights, for tests and benchmarks.",
     "pull": "Download a checkpoint from the Hugging Face hub.",
     "bench": "Measure prefill and decoding of a model, against what this machine can.",

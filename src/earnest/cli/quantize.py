@@ -10,17 +10,15 @@ from earnest.cli.opening import opened
 from earnest.cli.terminal import (
     allow_bias_option,
     force_option,
-    human_bytes,
     json_option,
-    notice,
-    out,
-    print_json,
+    print_written,
     progress_bar,
 )
 from earnest.quantize import RECIPES, quantize
 
 EPILOG = """\b
 Examples:
+  earnest quantize ./ERNIE-4.5-21B-A3B-PT ./ernie-21b --codec q4_k_m     packed, for earnest run
   earnest quantize ./ERNIE-4.5-21B-A3B-PT ernie-21b.gguf --codec q4_k_m
   earnest quantize smollm2 small.gguf --codec q8_0
 """
@@ -46,7 +44,8 @@ def command(
     allow_missing_correction_bias: bool,
     as_json: bool,
 ) -> None:
-    """Write the checkpoint SRC (any layout Earnest opens) as DST, a .gguf file of smaller weights.
+    """Write the checkpoint SRC (any layout Earnest opens) with smaller weights as DST: a packed
+    folder (see earnest pack) or, if its name ends in .gguf, a GGUF file.
 
     Router, norms and correction bias are never quantised. Weights stream from file to file on all
     cores: memory stays under 2 GB whatever the size. DST appears when it is complete; an
@@ -57,12 +56,4 @@ def command(
             source, progress, allow_missing_correction_bias=allow_missing_correction_bias
         )
         report = quantize(checkpoint, destination, codec, force=force, progress=progress)
-    if as_json:
-        print_json(report.to_dict())
-        return
-    out.print(
-        f"wrote {destination}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
-        markup=False,
-    )
-    for note in report.notes:
-        notice(note)
+    print_written(report, as_json=as_json)

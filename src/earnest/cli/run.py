@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 import click
 
@@ -19,9 +19,18 @@ from earnest.cli.terminal import (
     print_json,
     progress_bar,
 )
-from earnest.engine import LanguageModel, SamplingParams, TokenEvent, load, sampling_defaults
+from earnest.cli.timings import Timings, ran_by
+from earnest.engine import (
+    Completion,
+    LanguageModel,
+    SamplingParams,
+    TokenEvent,
+    load,
+    sampling_defaults,
+)
 from earnest.engine.language_model import RunnerName
 from earnest.errors import ChatUnsupportedError, MissingPackageError, NetworkError, UserError
+from earnest.runners.native.runner import DEFAULT_KV, KvType
 
 EPILOG = """\b
 Examples:
@@ -68,13 +77,25 @@ def _sampling_options(command: Any) -> Any:
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of context to reserve.")
 @click.option(
     "--runner",
-    type=click.Choice(["native", "reference"]),
-    default="reference",
-    show_default=True,
-    help="Numpy, exact; or the compiled kernels: many times faster, still being proved.",
+    type=click.Choice(["auto", "native", "reference"]),
+    default="auto",
+    help="Compiled kernels (the default where installed), or numpy: exact and slow.",
 )
-@click.option("--threads", type=click.IntRange(min=1), help="Threads of the native runner.")
-@click.option("--timings", is_flag=True, help="Show tokens per second at the end.")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
+@click.option("--lock", is_flag=True, help="Pin the weights in RAM.")
+@click.option(
+    "--kv",
+    type=click.Choice(get_args(KvType)),
+    help=f"How the native runner keeps keys and values ({DEFAULT_KV}).",
+)
+@click.option(
+    "--activation-bits",
+    type=click.Choice(["8", "15"]),
+    help="How finely the native runner rounds activations (15).",
+)
+@click.option(
+    "--timings", is_flag=True, help="Show tokens per second, time to first token and memory."
+)
 @allow_bias_option
 @json_option
 def command(
@@ -89,6 +110,9 @@ def command(
     context: int | None,
     runner: RunnerName,
     threads: int | None,
+    lock: bool,
+    kv: KvType | None,
+    activation_bits: Literal["8", "15"] | None,
     timings: bool,
     allow_missing_correction_bias: bool,
     as_json: bool,
@@ -108,8 +132,17 @@ def command(
     SamplingParams(**given)
 
     begun = time.monotonic()
-    language_model = _load(name, context, runner, threads, allow_missing_correction_bias)
-    load_seconds = time.monotonic() - begun
+    language_model = _load(
+        name,
+        max_context=context,
+        runner=runner,
+        threads=threads,
+        lock=lock,
+        kv=kv,
+        activation_bits=activation_bits and int(activation_bits),
+        allow_missing_correction_bias=allow_missing_correction_bias,
+    )
+    watch = Timings(time.monotonic() - begun)
     chatting = _chats(language_model, raw=raw, chat=chat)
     defaults = sampling_defaults(language_model.checkpoint)
     params = SamplingParams(
@@ -120,29 +153,29 @@ def command(
             raise UserError("--json needs a prompt", remedy="pass one with -p")
         from earnest.cli.conversation import converse
 
-        converse(language_model, params, system=system, chatting=chatting)
+        converse(
+            language_model,
+            params,
+            system=system,
+            chatting=chatting,
+            watch=watch if timings else None,
+        )
         return
     messages = ([{"role": "system", "content": system}] if system else []) + [
         {"role": "user", "content": question}
     ]
+    ids = language_model.chat_ids(messages) if chatting else language_model.text_ids(question)
     if as_json:
-        completion = (
-            language_model.chat(messages, params)
-            if chatting
-            else language_model.generate(question, params)
-        )
-        print_json(_as_dict(completion, name, chatting, load_seconds))
+        completion = language_model.generate(ids, params)
+        took = Timings.of(completion, watch.load_seconds)
+        print_json(_as_dict(completion, name, chatting, took, language_model))
         return
-    events = (
-        language_model.stream_chat(messages, params)
-        if chatting
-        else language_model.stream(question, params)
-    )
+    events = language_model.stream(ids, params)
     if not chatting:
         out.print(question, end="", markup=False)
-    count, seconds = show(events)
+    show(watch.watch(len(ids), events))
     if timings:
-        notice(f"{count} tokens in {seconds:.2f} s: {count / max(seconds, 1e-9):.2f} tokens/s")
+        notice(watch.line(language_model))
 
 
 def _model_and_prompt(
@@ -173,13 +206,7 @@ def _exists(path: str) -> bool:
         return False  # a prompt too long to be a path, or with a NUL in it
 
 
-def _load(
-    name: str | None,
-    context: int | None,
-    runner: RunnerName,
-    threads: int | None,
-    allow_missing_bias: bool,
-) -> LanguageModel:
+def _load(name: str | None, **options: Any) -> LanguageModel:
     if name is None:
         notice("no MODEL was named: smollm2 answers, the default model")
     with progress_bar("opening") as progress:
@@ -195,14 +222,7 @@ def _load(
                 "stories: a 260-thousand-parameter model that only knows how to tell small "
                 "children's stories in English; it answers no questions."
             )
-        return load(
-            path,
-            max_context=context,
-            runner=runner,
-            threads=threads,
-            allow_missing_correction_bias=allow_missing_bias,
-            progress=progress,
-        )
+        return load(path, **options, progress=progress, notice=notice)
 
 
 def _chats(model: LanguageModel, *, raw: bool, chat: bool) -> bool:
@@ -220,18 +240,18 @@ def _fields(params: SamplingParams) -> dict[str, Any]:
     return {name: getattr(params, name) for name in params.__dataclass_fields__}
 
 
-def show(events: Iterator[TokenEvent]) -> tuple[int, float]:
-    """Print a stream as it comes; returns the tokens and the seconds it took."""
-    begun, count = time.monotonic(), 0
+def show(events: Iterator[TokenEvent]) -> None:
+    """Print a stream as it comes."""
     for event in events:
-        count += 1
         sys.stdout.write(event.text)
         sys.stdout.flush()
     sys.stdout.write("\n")
-    return count, time.monotonic() - begun
+    sys.stdout.flush()
 
 
-def _as_dict(completion: Any, name: str | None, chat: bool, load_seconds: float) -> dict[str, Any]:
+def _as_dict(
+    completion: Completion, name: str | None, chat: bool, took: Timings, model: LanguageModel
+) -> dict[str, Any]:
     def row(entry: Any) -> Any:
         return entry and {
             "token_id": entry.token_id,
@@ -239,7 +259,6 @@ def _as_dict(completion: Any, name: str | None, chat: bool, load_seconds: float)
             "top": [list(pair) for pair in entry.top],
         }
 
-    prompt_tokens, new_tokens = len(completion.prompt_token_ids), len(completion.token_ids)
     result: dict[str, Any] = {
         "model": name or "smollm2",
         "chat": chat,
@@ -247,13 +266,7 @@ def _as_dict(completion: Any, name: str | None, chat: bool, load_seconds: float)
         "completion_ids": completion.token_ids,
         "text": completion.text,
         "finish_reason": completion.finish_reason,
-        "timings": {
-            "load_seconds": load_seconds,
-            "prompt_seconds": completion.prompt_seconds,
-            "decode_seconds": completion.decode_seconds,
-            "prompt_tokens_per_second": prompt_tokens / max(completion.prompt_seconds, 1e-9),
-            "decode_tokens_per_second": new_tokens / max(completion.decode_seconds, 1e-9),
-        },
+        "timings": took.to_dict() | ran_by(model),
     }
     if completion.logprobs is not None:
         result["logprobs"] = [row(entry) for entry in completion.logprobs]

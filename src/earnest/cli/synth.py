@@ -9,20 +9,19 @@ import click
 from earnest.checkpoint.synth import synth, truncated
 from earnest.cli.terminal import (
     force_option,
-    human_bytes,
     json_option,
-    out,
-    print_json,
+    print_written,
     progress_bar,
 )
 from earnest.config import PRESETS, preset
 from earnest.errors import UserError
-from earnest.quantize import RECIPES, synth_gguf
+from earnest.quantize import RECIPES, synth_gguf, synth_packed
 
 EPILOG = """\b
 Examples:
   earnest synth ./random-0.3b --preset 0.3b --seed 1
   earnest synth ./four-layers --preset 21b-a3b --seed 1 --layers 4
+  earnest synth ./random-21b --preset 21b-a3b --codec q4_0
   earnest synth ./random-21b.gguf --preset 21b-a3b --codec q4_0
 """
 
@@ -46,7 +45,7 @@ Examples:
 @click.option(
     "--codec",
     type=click.Choice(list(RECIPES)),
-    help="Block types of a .gguf file (as earnest quantize has them).",
+    help="Block types (as earnest quantize has them), for a packed folder or a .gguf file.",
 )
 @click.option("--mtp", is_flag=True, help="Also write the multi-token-prediction block.")
 @force_option
@@ -62,14 +61,13 @@ def command(
     force: bool,
     as_json: bool,
 ) -> None:
-    """Write a checkpoint DST with random weights, for tests and benchmarks: a Hugging Face folder
-    or, if its name ends in .gguf, a GGUF file, whose large tensors repeat a random tile.
+    """Write a checkpoint DST with random weights, for tests and benchmarks: a Hugging Face folder,
+    with --codec a packed one or, if its name ends in .gguf, a GGUF file. The large tensors of the
+    latter two repeat a random tile, the same in both.
 
     Scales are plausible and the correction bias is not zero. The same seed gives the same bytes.
     """
     as_gguf = destination.suffix == ".gguf"
-    if codec and not as_gguf:
-        raise UserError("--codec needs a GGUF file", remedy="give DST a name that ends in .gguf")
     if mtp and as_gguf:
         raise UserError("GGUF has no place for the multi-token-prediction block")
     config = preset(preset_name)
@@ -80,14 +78,12 @@ def command(
             report = synth_gguf(
                 destination, config, codec or dtype, seed=seed, force=force, progress=progress
             )
+        elif codec:
+            report = synth_packed(
+                destination, config, codec, seed=seed, mtp=mtp, force=force, progress=progress
+            )
         else:
             report = synth(
                 destination, config, seed=seed, mtp=mtp, dtype=dtype, force=force, progress=progress
             )
-    if as_json:
-        print_json(report.to_dict())
-        return
-    out.print(
-        f"wrote {destination}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
-        markup=False,
-    )
+    print_written(report, as_json=as_json)

@@ -23,6 +23,7 @@ from rich.progress import (
 from rich.progress import Progress as Bar
 from rich.table import Table
 
+from earnest.checkpoint.writer import WriteReport
 from earnest.log import Progress
 
 # Into a file or a pipe tables go unbroken, so that names in them can be searched for.
@@ -49,6 +50,19 @@ def notice(text: str) -> None:
 def print_json(value: Any) -> None:
     """Print a result for machines."""
     click.echo(json.dumps(value, ensure_ascii=False, indent=2, allow_nan=False))
+
+
+def print_written(report: WriteReport, *, as_json: bool) -> None:
+    """What a verb that writes a checkpoint has written."""
+    if as_json:
+        print_json(report.to_dict())
+        return
+    out.print(
+        f"wrote {report.path}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
+        markup=False,
+    )
+    for note in report.notes:
+        notice(note)
 
 
 @contextlib.contextmanager

@@ -21,7 +21,13 @@ import numpy.typing as npt
 from earnest.engine import sequence as sequences
 from earnest.engine.batch import blocks_for, make_batch
 from earnest.engine.blocks import BlockPool
-from earnest.engine.request import FinishReason, Request, TokenEvent, TokenLogprobs
+from earnest.engine.request import (
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenEvent,
+    TokenLogprobs,
+)
 from earnest.engine.sampler import Sampler, check_sampling, token_logprobs
 from earnest.engine.scheduler import Part, Scheduler
 from earnest.engine.speculation import Speculation
@@ -189,7 +195,7 @@ class Engine:
             id=self._next_id,
             request=request,
             sampler=Sampler(params, self._vocab_size, prompt, sorted(stop_ids)),
-            text=TextStream(self._detokenizer(prompt), params.stop, params.min_tokens),
+            text=TextStream(self._detokenizer(prompt, params), params.stop, params.min_tokens),
             stop_ids=stop_ids,
             limit=room if params.max_tokens is None else min(room, params.max_tokens),
             tokens=prompt,
@@ -202,14 +208,15 @@ class Engine:
         self._scheduler.add(sequence)
         return sequence.id
 
-    def _detokenizer(self, prompt: Sequence[int]) -> Detokenizer | None:
+    def _detokenizer(self, prompt: Sequence[int], params: SamplingParams) -> Detokenizer | None:
         if self._tokenizer is None:
             return None
         # The first token begins a text only if the prompt has none of its own: then a leading space
         # that the vocabulary puts before every word is not part of it.
         is_special = self._tokenizer.is_special
         return self._tokenizer.detokenizer(
-            continuation=not all(is_special(token) for token in reversed(prompt))
+            params.skip_special_tokens,
+            continuation=not all(is_special(token) for token in reversed(prompt)),
         )
 
     def cancel(self, request_id: int) -> bool:
@@ -337,7 +344,7 @@ class Engine:
             text = sequence.text.push(token)
             if sequence.sampler.count == sequence.limit:
                 text, reason = text + sequence.text.finish(), "length"
-            if sequence.text.stopped:
+            if sequence.text.found is not None:
                 reason = "stop"
         is_first = sequence.sampler.count == 1
         return TokenEvent(
@@ -347,6 +354,7 @@ class Engine:
             finish_reason=reason,
             prompt_logprobs=_frozen(sequence) if is_first else None,
             cached_tokens=sequence.cached if is_first else None,
+            stop_string=sequence.text.found,
         )
 
     def _scored(self, sequence: sequences.Sequence) -> TokenEvent:

@@ -39,13 +39,20 @@ from earnest.errors import (
 )
 from earnest.log import Progress, logger, silent
 from earnest.runners.base import Float32, Routing, Runner
-from earnest.runners.native.runner import NativeRunner
+from earnest.runners.native import isa
+from earnest.runners.native.packing import plan_packing
+from earnest.runners.native.runner import (
+    DEFAULT_KV,
+    KvType,
+    NativeRunner,
+    kv_bytes_per_token,
+)
 from earnest.runners.reference import ReferenceRunner
 from earnest.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Notice = Callable[[str], None]
-RunnerName = Literal["native", "reference"]
+RunnerName = Literal["auto", "native", "reference"]
 
 BLOCK_SIZE = 32
 # KV blocks for so many sequences of the full context, if memory allows; shorter ones share them.
@@ -59,8 +66,11 @@ def load(
     *,
     max_context: int | None = None,
     memory_budget: int | None = None,
-    runner: RunnerName = "reference",
+    runner: RunnerName = "auto",
     threads: int | None = None,
+    kv: KvType | None = None,
+    activation_bits: Literal[8, 15] | None = None,
+    lock: bool = False,
     allow_missing_correction_bias: bool = False,
     progress: Progress = silent,
     notice: Notice = logger.warning,
@@ -71,44 +81,55 @@ def load(
         model: a folder or file; or, as a text, also a built-in name ("smollm2", "stories") or a
             repository that was pulled.
         max_context: positions a sequence may have. By default all that the model was made for, or
-            as many as half of `memory_budget` holds keys and values for, if that is fewer.
+            as many as there is memory for, if that is fewer.
         memory_budget: bytes that decoded weights may take with the reference runner, in memory
             beside the mapped files; half of it is what keys and values may take with either. By
             default `EARNEST_MEMORY_GIB` or half of what is free.
-        runner: "reference", numpy, whose logits are transformers' own in float32; or "native", the
-            compiled kernels: many times faster, and near (docs/benchmarks.md says how near).
-        threads: threads of the native runner; all that this process may use by default.
+        runner: "native", the compiled kernels: fast, and near the reference (docs/benchmarks.md
+            says how near); "reference", numpy, whose logits are transformers' own in float32, and
+            which `earnest verify` proves; "auto", native where it is installed, else the
+            reference and a warning.
+        threads, kv, activation_bits, lock: of the native runner, by default its own; see
+            `NativeRunner`. The reference has no such choices: its keys and values are float32.
         allow_missing_correction_bias: open a mixture of experts without its correction bias.
-        progress: told how far fetching a built-in model is.
+        progress: told how far fetching a built-in model and packing its weights are.
         notice: told, a sentence at a time, what a careful reader should know.
 
     Raises:
         ModelNotFoundError, CheckpointError, MachineError: it cannot be found, opened or held.
         MissingPackageError: the native runner was asked for and is not installed.
-        UserError: `max_context` is out of range, or there is no such runner.
+        UserError: an argument is out of range, there is no such runner, or it has no such option.
     """
-    if runner not in ("native", "reference"):
-        raise UserError("there is no such runner", got=runner, expected="native or reference")
+    is_native = _is_native(runner, threads, kv, activation_bits, lock or None)
     # A `Path` is never a built-in name, whatever it is called.
     name = model if isinstance(model, str) else str(model.absolute())
     path = hub.locate(name, progress=progress, notice=notice)
     checkpoint = open_checkpoint(path, allow_missing_correction_bias=allow_missing_correction_bias)
     for note in checkpoint.notes:
         notice(note)
+    config = checkpoint.config
     budget = env.memory_budget() if memory_budget is None else memory_budget
-    context, num_blocks = _plan_context(checkpoint.config, max_context, budget)
-    if max_context is None and context < checkpoint.config.max_position_embeddings:
+    if is_native:
+        per_token = kv_bytes_per_token(config, DEFAULT_KV if kv is None else kv)
+        room = min(budget // 2, _room_beside_weights(checkpoint))
+    else:
+        per_token, room = Accounting(config).kv_bytes_per_token(4), budget // 2
+    context, num_blocks = _plan_context(config, max_context, room, per_token)
+    if max_context is None and context < config.max_position_embeddings:
         notice(
-            f"the context is {context:,} of {checkpoint.config.max_position_embeddings:,} tokens, "
-            "which is what the memory budget has room for; max_context sets another"
+            f"the context is {context:,} of {config.max_position_embeddings:,} tokens, "
+            "which is what there is memory for; max_context sets another"
         )
     chosen: Runner
-    if runner == "native":
+    if is_native:
         chosen = NativeRunner(
             checkpoint,
             num_blocks=num_blocks,
             block_size=BLOCK_SIZE,
             threads=threads,
+            kv=DEFAULT_KV if kv is None else kv,
+            activation_bits=15 if activation_bits is None else activation_bits,
+            lock=lock,
             progress=progress,
         )
     else:
@@ -118,8 +139,34 @@ def load(
     return LanguageModel(checkpoint, chosen, max_context=context, notice=notice)
 
 
-def _plan_context(config: ErnieConfig, asked: int | None, budget: int) -> tuple[int, int]:
-    """How long a sequence may be, and how many KV blocks there are."""
+def _is_native(runner: RunnerName, *options: object) -> bool:
+    """Which runner it will be, and whether it takes the options that were given."""
+    if runner not in ("auto", "native", "reference"):
+        raise UserError("there is no such runner", got=runner, expected="auto, native or reference")
+    if runner == "reference" and any(option is not None for option in options):
+        raise UserError(
+            "threads, kv, activation_bits and lock are options of the native runner",
+            got="runner reference",
+            remedy="leave them out, or use the native runner",
+        )
+    return runner == "native" or (runner == "auto" and not isa.warn_without_kernels())
+
+
+def _room_beside_weights(checkpoint: Checkpoint) -> int:
+    """Bytes for keys and values of the native runner: half of what its weights leave free.
+
+    Where files are mapped in place the system may drop weights and read them again, slowly: a model
+    that fills the memory still gets an eighth of what is free.
+    """
+    packing, free = plan_packing(checkpoint), env.free_memory()
+    beside_packed = free - packing.packed_bytes
+    return max(beside_packed - packing.mapped_bytes, beside_packed // 4, 0) // 2
+
+
+def _plan_context(
+    config: ErnieConfig, asked: int | None, room: int, per_token: int
+) -> tuple[int, int]:
+    """How long a sequence may be and how many KV blocks there are, in so many bytes."""
     possible = config.max_position_embeddings
     if asked is not None and not 1 <= asked <= possible:
         raise UserError(
@@ -127,7 +174,7 @@ def _plan_context(config: ErnieConfig, asked: int | None, budget: int) -> tuple[
             got=f"{asked:,}",
             expected=f"1 to {possible:,}, which the model was made for",
         )
-    fits = max(BLOCK_SIZE, budget // 2 // Accounting(config).kv_bytes_per_token(4))  # float32
+    fits = max(BLOCK_SIZE, room // per_token)
     context = min(possible, fits) if asked is None else asked
     positions = max(context, min(fits, _POOL_CONTEXTS * context))
     return context, blocks_for(positions, BLOCK_SIZE)
@@ -174,6 +221,17 @@ class LanguageModel:
     def config(self) -> ErnieConfig:
         """The model's numbers."""
         return self.checkpoint.config
+
+    @property
+    def engine(self) -> Engine:
+        """What runs the requests; whoever drives it (a `Service`) uses nothing else of this
+        object that runs the model."""
+        return self._engine
+
+    @property
+    def runner(self) -> Runner:
+        """The model on this machine."""
+        return self._runner
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -289,6 +347,20 @@ class LanguageModel:
         # template writes the special tokens itself.
         return self.tokenizer.encode(text, add_special_tokens=False, parse_special=True)
 
+    def text_ids(self, text: str) -> list[int]:
+        """The token ids of a prompt given as text, as `generate` and `stream` use them: special
+        tokens in it are recognised, and the beginning-of-text token is added where the model asks
+        for one.
+
+        Raises:
+            TokenizerError: the model has no tokenizer.
+        """
+        tokenizer = self.tokenizer
+        ids = tokenizer.encode(text, add_special_tokens=True, parse_special=True)
+        if not ids and tokenizer.bos_id is not None:
+            return [tokenizer.bos_id]
+        return ids
+
     def logits(self, token_ids: Sequence[int] | npt.NDArray[np.integer]) -> Float32:
         """What the model expects after each token, before any softmax.
 
@@ -376,17 +448,10 @@ class LanguageModel:
             raise PromptError(
                 "a prompt is neither a text nor a list of token ids", got=type(prompt).__name__
             )
-        ids = self._encoded(prompt) if isinstance(prompt, str) else prompt
+        ids = self.text_ids(prompt) if isinstance(prompt, str) else prompt
         request = Request(tuple(ids), params)
         self._engine.check(request)
         return request
-
-    def _encoded(self, text: str) -> list[int]:
-        tokenizer = self.tokenizer
-        ids = tokenizer.encode(text, add_special_tokens=True, parse_special=True)
-        if not ids and tokenizer.bos_id is not None:
-            return [tokenizer.bos_id]
-        return ids
 
     def _stream(self, request: Request) -> Generator[TokenEvent, None, None]:
         with self._running([request]) as (request_id,):

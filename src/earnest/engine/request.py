@@ -41,6 +41,7 @@ class SamplingParams:
             complete first ends it. Special tokens have no text: name those in `stop_token_ids`.
         stop_token_ids: ids that end the output, besides the model's own end-of-text ids.
         ignore_eos: go on after the model's own end-of-text ids.
+        skip_special_tokens: special tokens have no text; False: their names stand in it.
         logprobs: None: none; n: per output token its log-probability and the n likeliest.
         prompt_logprobs: the same for the prompt's tokens (the first has none).
 
@@ -62,6 +63,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    skip_special_tokens: bool = True
     logprobs: int | None = None
     prompt_logprobs: int | None = None
 
@@ -158,6 +160,7 @@ class TokenEvent:
         finish_reason: set on the last event.
         prompt_logprobs: if asked for, on the first event: one per prompt token, the first None.
         cached_tokens: on the first event: tokens of the prompt that were not computed again.
+        stop_string: on the last event: the one of `stop` that ended the text, if one did.
     """
 
     text: str
@@ -166,6 +169,7 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int | None = None
+    stop_string: str | None = None
 
 
 @dataclass(frozen=True)

@@ -109,6 +109,11 @@ class Service:
         return self._load
 
     @property
+    def alive(self) -> bool:
+        """Whether the engine's thread runs."""
+        return self._thread.is_alive()
+
+    @property
     def accepting(self) -> bool:
         """Whether requests are taken."""
         return not (self._draining or self._closing) and self._thread.is_alive()

@@ -34,7 +34,7 @@ class StopMatcher:
         stops: non-empty strings; none at all is allowed.
 
     Attributes:
-        stopped: whether a stop string was found; nothing is accepted after that.
+        found: the stop string that was found; nothing is accepted after that. None: none yet.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -42,7 +42,12 @@ class StopMatcher:
         self._borders = [_borders(stop) for stop in self._stops]
         self._states = [0] * len(self._stops)
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was found."""
+        return self.found is not None
 
     def push(self, text: str, *, armed: bool = True) -> str:
         """Take more text; returns what may be shown now.
@@ -59,8 +64,9 @@ class StopMatcher:
         for position, character in enumerate(text, len(self._held)):
             length = self._advance(character)
             if length and armed:
-                self.stopped, self._held = True, ""
-                return pending[: position + 1 - length]
+                end = position + 1
+                self.found, self._held = pending[end - length : end], ""
+                return pending[: end - length]
         keep = max(self._states)
         self._held = pending[len(pending) - keep :]
         return pending[: len(pending) - keep]
@@ -116,9 +122,9 @@ class TextStream:
         self._count = 0
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string was found."""
-        return self._matcher.stopped
+    def found(self) -> str | None:
+        """The stop string that was found."""
+        return self._matcher.found
 
     def push(self, token_id: int) -> str:
         """Text that may be shown after this token."""
@@ -130,7 +136,7 @@ class TextStream:
 
     def finish(self) -> str:
         """What remains to be shown when no more tokens come; may find a stop string too."""
-        if self._detokenizer is None or self.stopped:
+        if self._detokenizer is None or self.found is not None:
             return ""
         text = self._matcher.push(self._detokenizer.flush(), armed=self._count > self._min_tokens)
         return text + self._matcher.flush()

@@ -391,11 +391,13 @@ class _Bench:
 def fill(runner: BenchRunner) -> None:
     """Write random numbers of moderate size (standard deviation 1/4) to all KV blocks."""
     numbers = np.random.default_rng(1).standard_normal(2**20, np.float32) / 4
-    # The upper half of a float32 is a bf16, and two bf16 side by side are a float32 of the size of
-    # the second: so the same bits do for both types of the native runner.
-    bf16 = (numbers.view(np.uint32) >> 16).astype(np.uint16)
     if isinstance(runner, native.NativeRunner):
-        _tile(runner.cache.view(np.uint16), bf16)
+        stored: np.ndarray[Any, Any] = numbers
+        if runner.kv == "f16":
+            stored = numbers.astype(np.float16)
+        elif runner.kv == "bf16":
+            stored = (numbers.view(np.uint32) >> 16).astype(np.uint16)
+        _tile(runner.cache.view(stored.dtype), stored)
     else:
         _tile(runner.cache.keys.reshape(-1), numbers)
         _tile(runner.cache.values.reshape(-1), numbers)

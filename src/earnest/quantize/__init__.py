@@ -6,6 +6,6 @@ thousandth of the weights and decide what the rest does.
 
 from earnest.quantize.recipe import RECIPES, Recipe, recipe
 from earnest.quantize.run import quantize
-from earnest.quantize.synthetic import synth_gguf
+from earnest.quantize.synthetic import synth_gguf, synth_packed
 
-__all__ = ["RECIPES", "Recipe", "quantize", "recipe", "synth_gguf"]
+__all__ = ["RECIPES", "Recipe", "quantize", "recipe", "synth_gguf", "synth_packed"]

@@ -1,7 +1,7 @@
-"""`quantize`: any checkpoint as a GGUF file of smaller weights.
+"""`quantize`: any checkpoint as a packed folder, or a GGUF file, of smaller weights.
 
-Streaming, staged and resumable as every export; see `checkpoint.export`. Tensors that are stored in
-the wanted type already are copied, not decoded.
+Streaming, staged and resumable; see `checkpoint.pack` and `checkpoint.export`. Tensors that are
+stored in the wanted type already are copied, not decoded.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from earnest.checkpoint import Checkpoint
 from earnest.checkpoint.export import keeping_float32, write_gguf
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.checkpoint.names import StoredTensor
+from earnest.checkpoint.pack import write_packed
 from earnest.checkpoint.writer import WriteReport
 from earnest.codecs.base import Codec
 from earnest.log import Progress, silent
@@ -29,12 +30,13 @@ def quantize(
     force: bool = False,
     progress: Progress = silent,
 ) -> WriteReport:
-    """Write `source` as the GGUF file `destination` with the types of a recipe.
+    """Write `source` as `destination` with the types of a recipe.
 
     Args:
         source: an opened checkpoint of any container and dialect.
-        destination: a name that ends in `.gguf`; the file appears when it is complete, and an
-            interrupted run is taken up again by the same call.
+        destination: a GGUF file if its name ends in `.gguf`, else a packed folder, which keeps the
+            multi-token-prediction block, too. It appears when it is complete, and an interrupted
+            run is taken up again by the same call.
         codec: name of a recipe, a key of `RECIPES`.
         force: replace a destination that exists.
         progress: told about bytes written.
@@ -49,14 +51,12 @@ def quantize(
     """
     mix = recipe(codec)
     substitutes = _Substitutes(mix, source)
-    report = write_gguf(
-        source,
-        destination,
-        keeping_float32(source, substitutes.choose),
-        label=mix.name,
-        force=force,
-        progress=progress,
-    )
+    if destination.suffix == ".gguf":
+        choose = keeping_float32(source, substitutes.choose)
+        write = write_gguf
+    else:
+        choose, write = substitutes.choose, write_packed
+    report = write(source, destination, choose, label=mix.name, force=force, progress=progress)
     return replace(report, notes=(*report.notes, *substitutes.notes()))
 
 

@@ -276,7 +276,7 @@ def half_split_rows(checkpoint: Checkpoint) -> dict[str, LazyTensor]:
 
     def permuted(tensor: LazyTensor) -> LazyTensor:
         order = np.arange(tensor.shape[0]).reshape(-1, C // 2, 2).swapaxes(1, 2).ravel()
-        return replace(tensor, view=lambda: tensor.raw()[order])
+        return replace(tensor, view=lambda: tensor.raw()[order], panels=None)
 
     return {
         name: permuted(tensor) if ".self_attn.q_" in name or ".self_attn.k_" in name else tensor

@@ -213,6 +213,7 @@ def open_reference(
 def _readable_by_transformers(checkpoint: Checkpoint) -> bool:
     return (
         checkpoint.path.is_dir()
+        and checkpoint.container == "safetensors"
         and checkpoint.dialect == "hf"
         and checkpoint.metadata.get("model_type") in _READ_BY_TRANSFORMERS
     )

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import mmap
 import os
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -19,7 +21,8 @@ import numpy.typing as npt
 
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.codecs.base import Codec, Raw
-from earnest.errors import FormatError
+from earnest.codecs.panel import Panel
+from earnest.errors import EarnestError, FormatError
 from earnest.files import machine_errors
 
 
@@ -32,12 +35,14 @@ class StoredFile:
         tensors: stored name to tensor, in the order of the file; views of the memory maps.
         metadata: what the container says beside its tensors.
         maps: the memory maps under the tensors.
+        offsets: stored name to the byte of its file at which the tensor begins, where known.
     """
 
     path: Path
     tensors: dict[str, LazyTensor]
     metadata: dict[str, Any] = field(default_factory=dict)
     maps: tuple[mmap.mmap, ...] = ()
+    offsets: dict[str, int] = field(default_factory=dict)
 
     def forget(self) -> None:
         """Give back the pages read so far, so that streaming over a large file stays small.
@@ -50,6 +55,10 @@ class StoredFile:
                 mapped.madvise(mmap.MADV_DONTNEED)
 
 
+Block = Raw | Callable[[], Raw]
+"""A part of a tensor, or work that makes it. Work runs on all cores, ahead of the file."""
+
+
 @dataclass(frozen=True)
 class PlannedTensor:
     """One tensor that a writer will stream.
@@ -58,36 +67,108 @@ class PlannedTensor:
         name: the name to store it under.
         codec: what its stored bits mean.
         shape: its shape in weights, as stored (row-major).
-        blocks: starts over on each call; yields arrays whose bytes, in order, are the tensor.
+        blocks: starts over on each call; yields what the bytes of the tensor are, in order.
+        layout: the panels of `codec` that the blocks are made of; None for rows.
     """
 
     name: str
     codec: Codec
     shape: tuple[int, ...]
-    blocks: Callable[[], Iterator[Raw]]
+    blocks: Callable[[], Iterator[Block]]
+    layout: Panel | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes that the blocks must add up to."""
+        if self.layout is not None:
+            return prod(self.layout.shape(*self.shape))
         return prod(self.shape) // self.codec.block_weights * self.codec.block_bytes
 
 
-def stream(path: Path, tensor: PlannedTensor) -> Iterator[memoryview]:
-    """The bytes of a planned tensor, in order, checked against what was planned.
+_Pending = tuple[PlannedTensor, Raw | Future[Raw] | None]
+"""A block that is made or being made, or the end of its tensor."""
+
+
+def usable_cores() -> int:
+    """Cores that this process may run on."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def stream(
+    path: Path, tensors: Sequence[PlannedTensor]
+) -> Iterator[tuple[PlannedTensor, memoryview | None]]:
+    """The bytes of planned tensors, in order, checked against what was planned.
+
+    Blocks that are work are done on all cores that this process may use, a few blocks ahead of the
+    one that is handed out, across the borders of tensors.
+
+    Args:
+        path: what to call the file in messages.
+        tensors: in the order of the file.
+
+    Yields:
+        A tensor and some of its bytes, and, after the last of them, the tensor and None.
 
     Raises:
         FormatError: the blocks are of another type, or do not add up to the tensor's size.
     """
-    written = 0
-    for block in tensor.blocks():
-        if block.dtype != tensor.codec.storage:
-            raise _wrong_blocks(path, tensor, f"an array of {block.dtype}")
-        written += block.nbytes
-        if written > tensor.nbytes:
-            break
-        yield np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
-    if written != tensor.nbytes:
-        raise _wrong_blocks(path, tensor, f"{written:,} bytes")
+    workers = usable_cores()
+    ahead: deque[_Pending] = deque()
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            written = 0
+            for tensor, block in _look_ahead(tensors, pool, ahead, 2 * workers):
+                if block is None:
+                    if written != tensor.nbytes:
+                        raise _wrong_blocks(path, tensor, f"{written:,} bytes")
+                    written = 0
+                    yield tensor, None
+                    continue
+                if block.dtype != (tensor.codec.storage if tensor.layout is None else np.uint8):
+                    raise _wrong_blocks(path, tensor, f"an array of {block.dtype}")
+                written += block.nbytes
+                if written > tensor.nbytes:
+                    raise _wrong_blocks(path, tensor, f"more than {tensor.nbytes:,} bytes")
+                yield tensor, np.ascontiguousarray(block).reshape(-1).view(np.uint8).data
+        finally:
+            for _, waiting in ahead:
+                if isinstance(waiting, Future):
+                    waiting.cancel()
+
+
+def _look_ahead(
+    tensors: Sequence[PlannedTensor],
+    pool: ThreadPoolExecutor,
+    ahead: deque[_Pending],
+    limit: int,
+) -> Iterator[tuple[PlannedTensor, Raw | None]]:
+    """All blocks in order, None after those of each tensor; work is begun `limit` blocks ahead. An
+    error comes in the place of its block, when everything before it is written."""
+
+    def first() -> tuple[PlannedTensor, Raw | None]:
+        tensor, block = ahead.popleft()
+        return tensor, block.result() if isinstance(block, Future) else block
+
+    def begin() -> Iterator[_Pending]:
+        for tensor in tensors:
+            try:
+                for block in tensor.blocks():
+                    yield tensor, pool.submit(block) if callable(block) else block
+            except EarnestError as error:
+                failed: Future[Raw] = Future()
+                failed.set_exception(error)
+                yield tensor, failed
+                return
+            yield tensor, None
+
+    for item in begin():
+        ahead.append(item)
+        while len(ahead) > limit:
+            yield first()
+    while ahead:
+        yield first()
 
 
 def _wrong_blocks(path: Path, tensor: PlannedTensor, got: str) -> FormatError:

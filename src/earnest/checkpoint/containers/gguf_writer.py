@@ -1,31 +1,27 @@
 """Writing GGUF files, version 3, little-endian: header, metadata, tensor infos, aligned tensors.
 
-The header is complete before the first weight is read, so tensors stream straight into their
-places. A record beside the file says how many of them are on the disk; the same call, after an
-interruption, goes on behind the last of these. Source: the GGUF specification in the ggml
-repository (docs/gguf.md).
+Source: the GGUF specification in the ggml repository (docs/gguf.md).
 """
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
 from earnest import codecs
-from earnest.checkpoint.containers.base import PlannedTensor, stream
+from earnest.checkpoint.containers.base import PlannedTensor
 from earnest.checkpoint.containers.gguf import (
     DEFAULT_ALIGNMENT,
     MAGIC,
     MAX_DIMENSIONS,
     MAX_STRING_BYTES,
 )
+from earnest.checkpoint.containers.sequential import write_sequential
 from earnest.errors import FormatError
-from earnest.files import machine_errors
 from earnest.log import Progress, silent
 
 _VERSION = 3
@@ -45,12 +41,6 @@ _ARRAY_TYPES = {
     np.dtype("<i8"): _INT64,
     np.dtype("<f8"): 12,
 }
-
-# A tensor is entered in the record when it, and all before it, are on the disk. Waiting for the
-# disk after every small one would cost more than writing it again.
-_SYNC_BYTES = 2**28
-
-RECORD_SUFFIX = ".done"
 
 
 def write_file(
@@ -81,32 +71,7 @@ def write_file(
         DiskFullError, AccessError, MachineError: it cannot be written.
     """
     head = _header(path, tensors, metadata)
-    starts = _starts(tensors, len(head))
-    total = sum(tensor.nbytes for tensor in tensors)
-    record = path.with_name(path.name + RECORD_SUFFIX)
-    with machine_errors(path, "writing"):
-        finished = _finished(path, record, head, starts)
-        with path.open("r+b" if finished else "wb") as file:
-            file.truncate(starts[finished])
-            if not finished:
-                file.write(head)
-            file.seek(starts[finished])
-            done = sum(tensor.nbytes for tensor in tensors[:finished])
-            recorded = starts[finished]
-            for number, tensor in enumerate(tensors[finished:], finished + 1):
-                for block in stream(path, tensor):
-                    file.write(block)
-                    done += block.nbytes
-                    progress(done, total, tensor.name)
-                file.write(bytes(starts[number] - file.tell()))
-                if starts[number] - recorded >= _SYNC_BYTES:
-                    _sync(file)
-                    record.write_text(str(number), encoding="ascii")
-                    recorded = starts[number]
-            _sync(file)
-        record.unlink(missing_ok=True)
-    progress(total, total, path.name)
-    return finished > 0
+    return write_sequential(path, head, tensors, _starts(tensors, len(head)), progress)
 
 
 def file_bytes(tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) -> int:
@@ -116,23 +81,6 @@ def file_bytes(tensors: Sequence[PlannedTensor], metadata: Mapping[str, Any]) ->
         FormatError: GGUF cannot hold them.
     """
     return _starts(tensors, len(_header(Path("the file"), tensors, metadata)))[-1]
-
-
-def _sync(file: IO[bytes]) -> None:
-    file.flush()
-    os.fsync(file.fileno())
-
-
-def _finished(path: Path, record: Path, head: bytes, starts: Sequence[int]) -> int:
-    """How many tensors an earlier call has left on the disk."""
-    if not (path.is_file() and record.is_file()):
-        return 0
-    text = record.read_text(encoding="ascii", errors="replace")
-    number = int(text) if text.isdigit() and len(text) < 10 else 0
-    if not 0 < number < len(starts) or path.stat().st_size < starts[number]:
-        return 0
-    with path.open("rb") as file:
-        return number if file.read(len(head)) == head else 0
 
 
 def _aligned(position: int) -> int:

@@ -88,7 +88,8 @@ def open_file(path: Path) -> StoredFile:
             )
         origin = f"{path}:{name}"
         tensors[name] = mapped_tensor(name, codec, shape, data, start + begin, origin)
-    return StoredFile(path, tensors, metadata, (mapped,))
+    offsets = {name: start + begin for name, _, _, begin, _ in entries}
+    return StoredFile(path, tensors, metadata, (mapped,), offsets)
 
 
 def _refuse_pickle(path: Path, kind: str) -> FormatError:
@@ -226,6 +227,7 @@ def _open_shards(path: Path, names: list[str]) -> StoredFile:
     tensors: dict[str, LazyTensor] = {}
     metadata: dict[str, Any] = {}
     maps: list[mmap.mmap] = []
+    offsets: dict[str, int] = {}
     homes: dict[str, str] = {}
     twice: list[str] = []
     for shard in shards:
@@ -236,6 +238,7 @@ def _open_shards(path: Path, names: list[str]) -> StoredFile:
         tensors |= opened.tensors
         metadata = opened.metadata | metadata
         maps += opened.maps
+        offsets |= opened.offsets
         homes |= dict.fromkeys(opened.tensors, shard)
     astray = [
         f"{name} (not in {shard})" for name, shard in weight_map.items() if homes.get(name) != shard
@@ -250,7 +253,7 @@ def _open_shards(path: Path, names: list[str]) -> StoredFile:
             ),
             remedy="the folder mixes files of different downloads; download it again",
         )
-    return StoredFile(path, tensors, metadata, tuple(maps))
+    return StoredFile(path, tensors, metadata, tuple(maps), offsets)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -316,34 +319,43 @@ def write_shard(
         DiskFullError, AccessError, MachineError: it cannot be written; no trace is left.
     """
     ordered = sorted(tensors, key=lambda tensor: -tensor.codec.storage.itemsize)
-    head = _encode_header(path, ordered, metadata)
+    head = encode_header(path, ordered, metadata)
     total, done = sum(tensor.nbytes for tensor in ordered), 0
     with staged_file(path) as file:
         file.write(head)
-        for tensor in ordered:
-            for block in stream(path, tensor):
+        for tensor, block in stream(path, ordered):
+            if block is not None:
                 file.write(block)
                 done += block.nbytes
                 progress(done, total, tensor.name)
     progress(total, total, path.name)
 
 
-def _encode_header(
-    path: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str] | None
+def encode_header(
+    path: Path,
+    tensors: Sequence[PlannedTensor],
+    metadata: Mapping[str, str] | None,
+    multiple: int = 8,
 ) -> bytes:
+    """Everything before the data, which begins at a multiple of `multiple` bytes.
+
+    Raises:
+        FormatError: safetensors cannot hold a codec, or a name comes twice.
+    """
     header: dict[str, Any] = {"__metadata__": dict(metadata or {"format": "pt"})}
     position = 0
     for tensor in tensors:
         if tensor.name in header:
             raise FormatError(f"{path}: two tensors are called {tensor.name}")
+        layout = tensor.layout
         header[tensor.name] = {
-            "dtype": to_safetensors(tensor.codec),
-            "shape": list(tensor.shape),
+            "dtype": "U8" if layout else to_safetensors(tensor.codec),
+            "shape": list(layout.shape(*tensor.shape) if layout else tensor.shape),
             "data_offsets": [position, position + tensor.nbytes],
         }
         position += tensor.nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % multiple)
     return struct.pack("<Q", len(text)) + text
 
 
@@ -418,7 +430,7 @@ def _is_complete(
     path: Path, tensors: Sequence[PlannedTensor], metadata: Mapping[str, str] | None
 ) -> bool:
     ordered = sorted(tensors, key=lambda tensor: -tensor.codec.storage.itemsize)
-    head = _encode_header(path, ordered, metadata)
+    head = encode_header(path, ordered, metadata)
     with machine_errors(path, "reading"):
         if not path.is_file():
             return False

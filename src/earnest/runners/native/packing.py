@@ -1,10 +1,9 @@
 """From a checkpoint to what the native step reads: panels.
 
 A packed file holds them: they are used where they lie, and nothing of them is read. Other files are
-packed into memory. A codec that has a panel layout keeps its bits. Others are re-encoded, which a
-notice says: to q8_0 where rows are whole blocks of 32 weights, else to float32. The router is
-decoded to float32 whatever it is stored in. Nothing is read until `place`; what it will take is
-known before.
+packed into memory. A codec that has a panel layout keeps its bits; others are re-encoded, as for a
+packed file (`checkpoint.pack.panel_codec`), which a notice says. The router is decoded to float32
+whatever it is stored in. Nothing is read until `place`; what it will take is known before.
 """
 
 from __future__ import annotations
@@ -19,7 +18,8 @@ import numpy as np
 
 from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.checkpoint.lazy import LazyTensor, contiguous
-from earnest.codecs.base import Codec, Float32
+from earnest.checkpoint.pack import panel_codec
+from earnest.codecs.base import Float32
 from earnest.codecs.bits import Bytes
 from earnest.codecs.panel import PANEL_ROWS, PANELS, Panel
 from earnest.errors import TensorsError, UserError
@@ -83,7 +83,7 @@ class PackedMatrix:
     def pack(self, rows: slice, panels: Bytes) -> None:
         """Write the panels of `rows`, one of `slices()`, to where they belong in `panels`, which
         is `uint8` of `shape`."""
-        part = contiguous(self.tensor.raw()[rows])
+        part = contiguous(self.tensor.raw_rows(rows))
         if self.is_reencoded:
             assert self.layout.codec.encode is not None
             part = self.layout.codec.encode(self.tensor.codec.decode(part))
@@ -215,13 +215,10 @@ def plan_packing(checkpoint: Checkpoint, *, plain: Plain | None = None) -> Packi
 
 
 def _codec_for(tensor: LazyTensor, plain: Plain | None) -> str:
-    codec: Codec = tensor.codec
-    if codec.name in ("f32", "f16", "bf16"):
-        fits = plain is not None and tensor.shape[1] % PANELS[plain].codec.block_weights == 0
-        return plain if plain is not None and fits else codec.name
-    if codec.name in PANELS:
-        return codec.name
-    return "q8_0" if tensor.shape[1] % 32 == 0 else "f32"
+    if plain is not None and tensor.codec.name in ("f32", "f16", "bf16"):
+        fits = tensor.shape[1] % PANELS[plain].codec.block_weights == 0
+        return plain if fits else tensor.codec.name
+    return panel_codec(tensor).name
 
 
 def _rounded(nbytes: int) -> int:

@@ -32,9 +32,26 @@ POSITIONS_TOGETHER = 16
 # Packing less takes no longer than starting Python, and is not spoken of.
 _WORTH_PACKING = 2**28
 
-_KV_TYPES = {"f32": 0, "bf16": 1}
+_KV_TYPES = {"f32": 0, "bf16": 1, "f16": 2}
 
-KvType = Literal["bf16", "f32"]
+KvType = Literal["f16", "bf16", "f32"]
+DEFAULT_KV: KvType = "f16"
+
+
+def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
+    """Bytes that the keys and values of one token take in all layers; the rows of values are
+    filled up to 32 channels (`native/model/kv.h`).
+
+    Raises:
+        UserError: there is no such type of keys and values.
+    """
+    if kv not in _KV_TYPES:
+        raise UserError(
+            "there is no such type of keys and values", got=kv, expected=" or ".join(_KV_TYPES)
+        )
+    number = 4 if kv == "f32" else 2
+    channels = config.head_dim + -(-config.head_dim // 32) * 32
+    return config.num_hidden_layers * config.num_key_value_heads * channels * number
 
 
 class NativeRunner:
@@ -48,7 +65,8 @@ class NativeRunner:
         memory_budget: bytes that panels packed into memory may take (mapped ones take none); by
             default what is free beside the KV blocks and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
-        kv: how keys and values are kept.
+        kv: how keys and values are kept. f16 keeps 11 bits of each (and 65504 of what is larger),
+            bf16 8 bits in the same memory, f32 all in twice as much.
         activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
             the logits as good as exact; 8 halves the integer products, which prefill feels.
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
@@ -77,7 +95,7 @@ class NativeRunner:
         threads: int | None = None,
         memory_budget: int | None = None,
         plain: Plain | None = None,
-        kv: KvType = "bf16",
+        kv: KvType = DEFAULT_KV,
         activation_bits: Literal[8, 15] = 15,
         tier: str | None = None,
         lock: bool = False,
@@ -95,15 +113,15 @@ class NativeRunner:
             )
         if memory_budget is not None:
             check_at_least("memory_budget", memory_budget, 0)
-        if kv not in _KV_TYPES or activation_bits not in (8, 15):
+        kv_bytes_per_token(config, kv)  # refuses what there is not
+        if activation_bits not in (8, 15):
             raise UserError(
-                "the native runner has no such number format",
-                got=f"kv={kv!r}, activation_bits={activation_bits!r}",
-                expected=f"kv {' or '.join(_KV_TYPES)}, activation_bits 8 or 15",
+                "the native runner has no such activations", got=activation_bits, expected="8 or 15"
             )
         if num_blocks > 2**31 - 1:
             raise UserError("num_blocks is out of range", got=num_blocks, expected="32 bits")
         self.config, self.block_size, self.num_blocks = config, block_size, num_blocks
+        self.kv: KvType = kv
         self._inverse_F = inverse_frequencies(config.head_dim, config.rope_theta)
         self._moe_layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
         self.pool = ops.thread_pool(threads)

@@ -1,0 +1,78 @@
+"""`create_app`: all endpoints in one ASGI application."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.responses import Response
+
+from earnest.errors import EarnestError
+from earnest.serve import (
+    anthropic_messages,
+    ollama,
+    ollama_models,
+    openai_chat,
+    openai_completions,
+    openai_responses,
+    plain,
+)
+from earnest.serve.http import ApiError, Gate, api_error, error_response
+from earnest.serve.state import Served
+
+
+def create_app(served: Served) -> FastAPI:
+    """The server's application; whoever runs it closes `served.service` at the end.
+
+    Args:
+        served: what is served, and how.
+    """
+    app = FastAPI(title="Earnest", version=version("earnest"), redoc_url=None)
+    for part in (
+        *(openai_chat, openai_completions, openai_responses, anthropic_messages),
+        *(ollama, ollama_models, plain),
+    ):
+        app.include_router(part.router(served))
+
+    @app.exception_handler(ApiError)
+    async def known(request: Request, error: ApiError) -> Response:
+        return error_response(request, error)
+
+    @app.exception_handler(EarnestError)
+    async def refused(request: Request, error: EarnestError) -> Response:
+        return error_response(request, api_error(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return error_response(request, _invalid(error))
+
+    @app.exception_handler(HTTPException)
+    async def plainly(request: Request, error: HTTPException) -> Response:
+        return error_response(request, ApiError(error.status_code, str(error.detail)))
+
+    if served.origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(served.origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+        )
+    app.add_middleware(Gate, served=served)
+    return app
+
+
+def _invalid(error: RequestValidationError) -> ApiError:
+    """The first few things that are wrong with a body, each by name."""
+    problems = []
+    first = None
+    for found in error.errors()[:5]:
+        name = ".".join(str(part) for part in found["loc"][1:]) or "the body"
+        first = first or name
+        if found["type"] == "extra_forbidden":
+            problems.append(f"{name:.100}: this parameter is not supported")
+        else:
+            problems.append(f"{name:.100}: {found['msg']:.200}")
+    return ApiError(422, "; ".join(problems), param=first)
