@@ -60,7 +60,7 @@ struct Vec {
     EARNEST_FOUR(
       const uint32x4_t pair = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
       even.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(pair, 16));
-      odd.v[i] = vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000u))););
+      odd.v[i] = vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000u))));
   }
 
   static I zeroI() { return set1I(0); }
@@ -94,7 +94,7 @@ struct Vec {
       uint8x16_t moved = h.v[i];
       if constexpr (kAt < 4) moved = vshlq_n_u8(moved, 4 - kAt);
       if constexpr (kAt > 4) moved = vshrq_n_u8(moved, kAt - 4);
-      b.v[i] = vorrq_u8(b.v[i], vandq_u8(moved, mask)););
+      b.v[i] = vorrq_u8(b.v[i], vandq_u8(moved, mask)));
     return b;
   }
   template <int kAt>
@@ -114,7 +114,7 @@ struct Vec {
   };
 
   static void storeHalves(uint8_t* p, F x) {
-    EARNEST_FOUR vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.v[i])));
+    EARNEST_FOUR(vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.v[i]))));
   }
 #undef EARNEST_FOUR
 };
