@@ -67,7 +67,7 @@ arm() {
   failed=0 arm=aarch64-linux-gnu-g++ qemu="qemu-aarch64 -cpu max"
   if has $arm && has qemu-aarch64; then
     check kNeonDotprod $arm "$qemu" "-march=armv8.2-a+dotprod" neon_dotprod || failed=1
-    check kI8mm $arm "$qemu" "-march=armv8.2-a+dotprod+i8mm" i8mm || failed=1
+    check kI8mm $arm "$qemu" "-march=armv8.2-a+dotprod+i8mm" neon_dotprod i8mm || failed=1
   else
     echo "skipped: Arm (apt install g++-aarch64-linux-gnu qemu-user)"
   fi
