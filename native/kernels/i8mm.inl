@@ -6,7 +6,7 @@
 // order (scales are read as [row 0, row 1] twice and as [token 0] twice, [token 1] twice) and are
 // put in order once, at the end. The upper plane of activations is multiplied first, its sums
 // shifted, and the lower plane added on top: the integers are exact, so this is 128 hi + lo.
-// Never timed; instruction counts are in docs/isa.md.
+// Never timed; see docs/isa.md.
 #pragma once
 
 #include "kernels/panel_codecs.inl"
