@@ -53,9 +53,7 @@ def main() -> None:
     }
     print(f"{usable_threads()} threads, tier {runners['one'].tier}")
     for hogs in args.hogs:
-        others = [
-            subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(hogs)
-        ]
+        others = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(hogs)]
         rates: dict[str, list[float]] = {name: [] for name in runners}
         workers = []
         try:

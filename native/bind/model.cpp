@@ -117,14 +117,16 @@ class BoundModel {
 
   // The batch has been checked by the caller; here only what memory safety needs.
   void run(In<int32_t, 1> tokens, In<int32_t, 1> positions, In<int32_t, 1> starts,
-           In<int32_t, 2> tables, In<int32_t, 1> rows, In<float, 2> cosines, In<float, 2> sines,
-           Out<float, 2> logits, nb::object experts, nb::object weights) {
+           In<int32_t, 2> tables, In<int32_t, 1> rows, In<int32_t, 1> hidden_rows,
+           In<float, 2> cosines, In<float, 2> sines, Out<float, 2> logits, Out<float, 2> hidden,
+           nb::object experts, nb::object weights) {
     require(step_ != nullptr, "the model is not in use yet");
     StepInput in;
     in.tokens = tokens.shape(0);
     in.sequences = tables.shape(0);
     in.table_width = tables.shape(1);
     in.rows = rows.shape(0);
+    in.hidden_rows = hidden_rows.shape(0);
     const int64_t T = in.tokens, F = model_.channels / 2;
     require(int64_t(positions.shape(0)) == T, "positions");
     require(int64_t(starts.shape(0)) == in.sequences + 1, "sequence starts");
@@ -132,13 +134,18 @@ class BoundModel {
     require(int64_t(sines.shape(0)) == T && int64_t(sines.shape(1)) == F, "sines");
     require(int64_t(logits.shape(0)) == in.rows && int64_t(logits.shape(1)) == model_.vocab,
             "logits");
+    require(int64_t(hidden.shape(0)) == in.hidden_rows && int64_t(hidden.shape(1)) == model_.hidden,
+            "hidden states");
     in.ids = tokens.data();
     in.positions = positions.data();
     in.starts = starts.data();
     in.tables = tables.data();
     in.wanted = rows.data();
+    in.hidden_wanted = hidden_rows.data();
     for (int64_t t = 0; t < T; ++t) require(in.ids[t] >= 0 && in.ids[t] < model_.vocab, "token id");
     for (int64_t r = 0; r < in.rows; ++r) require(in.wanted[r] >= 0 && in.wanted[r] < T, "row");
+    for (int64_t r = 0; r < in.hidden_rows; ++r)
+      require(in.hidden_wanted[r] >= 0 && in.hidden_wanted[r] < T, "hidden row");
     require(in.starts[0] == 0 && in.starts[in.sequences] == T, "sequence starts");
     for (int64_t s = 0; s < in.sequences; ++s) {
       const int64_t begin = in.starts[s], end = in.starts[s + 1];
@@ -157,6 +164,7 @@ class BoundModel {
     in.cosines = cosines.data();
     in.sines = sines.data();
     in.logits = logits.data();
+    in.hidden = hidden.data();
     if (!experts.is_none()) {
       auto ids = nb::cast<Out<int32_t, 3>>(experts, false);
       auto factors = nb::cast<Out<float, 3>>(weights, false);
@@ -276,8 +284,9 @@ void bindModel(nb::module_& module) {
       .def("step", &BoundModel::run, nb::arg("tokens").noconvert(),
            nb::arg("positions").noconvert(), nb::arg("starts").noconvert(),
            nb::arg("tables").noconvert(), nb::arg("rows").noconvert(),
-           nb::arg("cosines").noconvert(), nb::arg("sines").noconvert(),
-           nb::arg("logits").noconvert(), nb::arg("experts").none(), nb::arg("weights").none());
+           nb::arg("hidden_rows").noconvert(), nb::arg("cosines").noconvert(),
+           nb::arg("sines").noconvert(), nb::arg("logits").noconvert(),
+           nb::arg("hidden").noconvert(), nb::arg("experts").none(), nb::arg("weights").none());
 }
 
 }  // namespace earnest

@@ -170,7 +170,18 @@ bool Step::run(const StepInput& input) {
   const std::lock_guard<ForkMutex> mine(turn_);
   stop_ = false;
   last_check_ = milliseconds();
-  std::vector<int32_t> starts(input.sequences + 1), wanted, places;
+  std::vector<int32_t> starts(input.sequences + 1), wanted, places, hidden, hidden_places;
+  // Of the rows asked for, those of a piece, and their places among all.
+  const auto pick = [](const int32_t* rows, int64_t count, int64_t from, int64_t to,
+                       std::vector<int32_t>& found, std::vector<int32_t>& places) {
+    found.clear();
+    places.clear();
+    for (int64_t r = 0; r < count; ++r)
+      if (rows[r] >= from && rows[r] < to) {
+        found.push_back(static_cast<int32_t>(rows[r] - from));
+        places.push_back(static_cast<int32_t>(r));
+      }
+  };
   for (int64_t from = 0; from < input.tokens; from += max_tokens_) {
     const int64_t to = std::min(from + max_tokens_, input.tokens);
     StepInput piece = input;
@@ -182,13 +193,11 @@ bool Step::run(const StepInput& input) {
     for (int64_t s = 0; s <= input.sequences; ++s)
       starts[s] = static_cast<int32_t>(std::clamp<int64_t>(input.starts[s], from, to) - from);
     piece.starts = starts.data();
-    wanted.clear();
-    places.clear();
-    for (int64_t r = 0; r < input.rows; ++r)
-      if (input.wanted[r] >= from && input.wanted[r] < to) {
-        wanted.push_back(static_cast<int32_t>(input.wanted[r] - from));
-        places.push_back(static_cast<int32_t>(r));
-      }
+    pick(input.wanted, input.rows, from, to, wanted, places);
+    pick(input.hidden_wanted, input.hidden_rows, from, to, hidden, hidden_places);
+    piece.hidden_rows = static_cast<int64_t>(hidden.size());
+    piece.hidden_wanted = hidden.data();
+    hidden_places_ = hidden_places.data();
     piece.rows = static_cast<int64_t>(wanted.size());
     piece.wanted = wanted.data();
     places_ = places.data();
@@ -262,6 +271,7 @@ void Step::work(int ith, int nth) {
   pool_.barrier();
   for (int64_t i = 0; i < static_cast<int64_t>(model_.layers.size()); ++i)
     if (!layer(w, i)) return;
+  hiddenStates(w);
   head(w);
 }
 
@@ -388,6 +398,14 @@ void Step::attend(Worker& w, const AttentionItem& item, int64_t index) {
   for (int64_t i = 0; i < a.tokens * G; ++i)
     step_.finishState(w.states + i * floats, C,
                       attended_ + (item.row + i / G) * a.q_stride + (item.kv_head * G + i % G) * C);
+}
+
+void Step::hiddenStates(Worker& w) {
+  const int64_t D = model_.hidden, columns = roundUp(D, kBlock);
+  for (int64_t r = w.ith; r < in_.hidden_rows; r += w.nth) {
+    step_.rmsNorm(x_ + in_.hidden_wanted[r] * D, model_.final_norm, D, columns, model_.eps, w.row);
+    std::memcpy(in_.hidden + hidden_places_[r] * D, w.row, D * sizeof(float));
+  }
 }
 
 void Step::head(Worker& w) {

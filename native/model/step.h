@@ -23,15 +23,17 @@ namespace earnest {
 
 // As runners/base.py's Batch, valid, with the rotary angles of every token.
 struct StepInput {
-  int64_t tokens = 0, sequences = 0, table_width = 0, rows = 0;
+  int64_t tokens = 0, sequences = 0, table_width = 0, rows = 0, hidden_rows = 0;
   const int32_t* ids = nullptr;        // [tokens]
   const int32_t* positions = nullptr;  // [tokens]
   const int32_t* starts = nullptr;     // [sequences + 1]
   const int32_t* tables = nullptr;     // [sequences][table_width]
   const int32_t* wanted = nullptr;     // [rows]
+  const int32_t* hidden_wanted = nullptr;  // [hidden_rows]
   const float* cosines = nullptr;      // [tokens][channels / 2]
   const float* sines = nullptr;
   float* logits = nullptr;         // [rows][vocab]
+  float* hidden = nullptr;         // [hidden_rows][hidden size], after the final norm
   int32_t* experts = nullptr;      // [MoE layers][tokens][active], or null
   float* expert_weights = nullptr; // likewise
   // Asked now and then by the calling thread; true ends the step early.
@@ -114,6 +116,7 @@ class Step {
   bool layer(Worker& w, int64_t index);
   void attention(Worker& w, int64_t index);
   void feedForward(Worker& w, int64_t index);
+  void hiddenStates(Worker& w);
   void head(Worker& w);
   const Grouping& group(Worker& w, const Layer& layer);
   void gateUp(Worker& w, const FeedForward& f, const Operand& x, int64_t tokens,
@@ -159,6 +162,7 @@ class Step {
   // The piece being run.
   StepInput in_;
   const int32_t* places_ = nullptr;  // of its rows among those asked for
+  const int32_t* hidden_places_ = nullptr;
   int64_t all_tokens_ = 0;           // of the batch
   bool alone_ = false;  // few tokens: every worker does the row work itself, without a barrier
   std::vector<AttentionItem> attention_;

@@ -61,6 +61,22 @@ def api_keys() -> tuple[str, ...]:
     return (key,) if key else ()
 
 
+def traces_endpoint() -> str | None:
+    """Where OpenTelemetry's own variables say that traces go; None: nowhere."""
+    if os.environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None
+    if os.environ.get("OTEL_TRACES_EXPORTER", "otlp").strip() != "otlp":
+        return None
+    names = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    return next((value for name in names if (value := os.environ.get(name))), None)
+
+
+def service_is_named() -> bool:
+    """Whether OpenTelemetry's own variables give this program a name."""
+    attributes = os.environ.get("OTEL_RESOURCE_ATTRIBUTES", "")
+    return bool(os.environ.get("OTEL_SERVICE_NAME")) or "service.name=" in attributes
+
+
 def isa_cap() -> str | None:
     """The instruction-set tier not to go above (`EARNEST_ISA`), or None; the runner checks it."""
     return os.environ.get("EARNEST_ISA") or None

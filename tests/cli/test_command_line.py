@@ -169,6 +169,21 @@ def test_run_is_reproducible_with_a_seed() -> None:
     assert texts[0] == texts[1]
 
 
+def test_run_writes_the_same_with_and_without_guesses() -> None:
+    arguments = [
+        "run",
+        "stories",
+        "-p",
+        "Tim had a ball. Tim had a",
+        "--seed",
+        "5",
+        "--speculation",
+    ]
+    texts = [earnest(*arguments, name).stdout for name in ("prompt", "off")]
+    assert texts[0] == texts[1] and "Tim had a ball" in texts[0]
+    assert earnest(*arguments, "magic").returncode == 2
+
+
 def test_run_reads_the_prompt_from_standard_input() -> None:
     done = subprocess.run(
         [*EARNEST, "run", "stories", "--temperature", "0", "--max-tokens", "5"],

@@ -64,7 +64,12 @@ class FakeRunner:
         self._stored = np.full((num_blocks, block_size), -1, np.int32)
         self.batches: list[Batch] = []
 
-    def step(self, batch: Batch, routing: list[Routing] | None = None) -> Float32:
+    def step(
+        self,
+        batch: Batch,
+        routing: list[Routing] | None = None,
+        hidden: Float32 | None = None,
+    ) -> Float32:
         self.batches.append(batch)
         T = len(batch.tokens)
         assert T > 0
@@ -97,6 +102,9 @@ class FakeRunner:
         if routing is not None and self.config.is_moe:
             experts = np.array([[h[-1] % 2, 2 + h[-1] % 2] for h in histories.values()], np.int32)
             routing.append(Routing(0, experts, np.full(experts.shape, 0.5, np.float32)))
+        assert (0 if hidden is None else len(hidden)) == len(batch.hidden_rows)
+        for at, row in enumerate(batch.hidden_rows):
+            hidden[at] = hashed_logits(histories[int(row)], self.config.hidden_size)
         V = self.config.vocab_size
         rows = [self._logits(histories[int(row)], V) for row in batch.logits_rows]
         return np.array(rows, np.float32).reshape(len(rows), V)

@@ -156,7 +156,7 @@ def machine_of(numbers: dict[str, Any]) -> Engine:
         max_batch_tokens=numbers["max_sequences"] + numbers["extra_budget"],
         share_prefixes=numbers["share_prefixes"],
         speculation=Speculation(
-            PromptLookup(2, 1), most=numbers["guesses"], clock=lambda: float(next(ticks)), trial=1
+            PromptLookup(1), most=numbers["guesses"], clock=lambda: float(next(ticks))
         )
         if numbers["guesses"]
         else None,
@@ -327,41 +327,6 @@ def test_several_answers_to_one_prompt_share_it() -> None:
     assert [results[number] for number in ids] == [alone(request) for request in requests]
     lengths = [length for batch in runner.batches for length in np.diff(batch.sequence_starts)]
     assert sorted(lengths)[-4:] == [2, 2, 2, 30]
-
-
-def test_guesses_save_steps() -> None:
-    ticks = itertools.count()
-    runner = only(*([2, 3, 6] * 20), default=2)
-    machine = engine(
-        runner, speculation=Speculation(PromptLookup(), clock=lambda: float(next(ticks)), trial=4)
-    )
-    machine.add(Request((BOS,), SamplingParams(temperature=0, max_tokens=40)))
-    (result,) = drive(machine).values()
-    assert result.token_ids == ([2, 3, 6] * 14)[:40]
-    assert machine.counters.accepted_tokens > 20
-    assert len(runner.batches) < 25
-
-
-def test_guesses_that_do_not_pay_are_given_up() -> None:
-    now = 0.0
-
-    def clock() -> float:
-        nonlocal now
-        # Between the two readings of a step: as long as the step has tokens, squared.
-        now += len(runner.batches[-1].tokens) ** 2 if runner.batches else 1
-        return now
-
-    runner = FakeRunner(config=tiny_config(context=400), num_blocks=100, logits=lambda h, v: row(h))
-    rng = np.random.default_rng(0)
-
-    def row(history: Any) -> Any:
-        return rng.standard_normal(VOCAB).astype(np.float32)
-
-    machine = engine(runner, speculation=Speculation(PromptLookup(2, 1), clock=clock, trial=4))
-    machine.add(Request((BOS,), SamplingParams(max_tokens=200, ignore_eos=True, seed=0)))
-    drive(machine)
-    guessed = sum(len(batch.tokens) > 1 for batch in runner.batches)
-    assert 0 < guessed < len(runner.batches) / 3
 
 
 @pytest.mark.parametrize("max_tokens", [None, 1, 34, 35, 500])

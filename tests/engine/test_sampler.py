@@ -266,6 +266,29 @@ def test_what_is_impossible_is_never_drawn(number: float, index: int) -> None:
     assert _draw(np.array([0, 0.7, 0, 0.7, 0]), number) == index
 
 
+def test_a_draw_from_many_is_that_of_the_running_sum() -> None:
+    rng = np.random.default_rng(1)
+    for size in (4097, 5000, 103_424):
+        weights = rng.exponential(size=size) ** 4 * (rng.random(size) < 0.3)
+        reached = np.cumsum(weights)
+        for number in (0.0, *rng.random(200), 1 - 2**-53):
+            index = _draw(weights, float(number))
+            assert weights[index] > 0
+            assert index == np.searchsorted(reached, number * reached[-1], side="right")
+    alone = np.zeros(10_000)
+    alone[9_999] = 1e-300
+    assert {_draw(alone, number) for number in (0.0, 0.5, 1 - 2**-53)} == {9_999}
+
+
+@pytest.mark.parametrize("size", [4096, 50_003])
+def test_largest_of_many(size: int) -> None:
+    row = np.random.default_rng(size).integers(-40, 40, size).astype(np.float32)  # many equals
+    row[:3] = -np.inf
+    order = sorted(range(size), key=lambda i: (-row[i], i))
+    for count in (1, 2, 63, 64, 700, size - 1, size):
+        assert largest(row, count).tolist() == order[:count]
+
+
 @given(values=logit_rows, count=st.integers(1, 50))
 def test_largest_is_a_stable_sort(values: list[float], count: int) -> None:
     row = np.array(values, np.float32)

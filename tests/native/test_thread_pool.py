@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -136,12 +138,9 @@ def test_a_crew_shrinks_when_more_than_a_worker_is_lost_and_tries_again_later() 
     assert [run(6 * MS, 2 * MS) for _ in range(50)] == [2] * 50
     assert run(6 * MS, 6 * MS) == 2
     assert [run(6 * MS, 0) for _ in range(50)] == [2] * 50
-    trials = []
-    for _ in range(2000):
-        if run(6 * MS, 5 * MS) == 2:
-            trials.append(now)
+    trials = [now for _ in range(2000) if run(6 * MS, 5 * MS) == 2]
     # Ever rarer, up to every 1.6 seconds.
-    gaps = [(b - a) // MS for a, b in zip(trials, trials[1:], strict=False) if b - a > 50 * MS]
+    gaps = [(b - a) // MS for a, b in pairwise(trials) if b - a > 50 * MS]
     assert gaps == sorted(gaps)
     assert gaps[0] < 150
     assert 1600 <= gaps[-1] < 1650
@@ -169,14 +168,19 @@ def test_a_crew_of_many_loses_as_many_as_are_held_up() -> None:
     assert crew.size(100 * MS) == 1
 
 
+def pin_all_threads(processors: set[int]) -> None:
+    for task in Path("/proc/self/task").iterdir():
+        with contextlib.suppress(ProcessLookupError):  # one that has ended meanwhile
+            os.sched_setaffinity(int(task.name), processors)
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what was lost")
 def test_workers_that_share_one_processor_are_reduced_to_one_unless_asked_for() -> None:
     mask = os.sched_getaffinity(0)
     adaptive, fixed = isa.native().ThreadPool(2, True), isa.native().ThreadPool(2, False)
     assert adaptive.active == 1
     try:
-        for task in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(task), {min(mask)})
+        pin_all_threads({min(mask)})
         deadline = time.monotonic() + 60
         while time.monotonic() < deadline:
             assert isa.native().busy_crew(adaptive, 20) == 0
@@ -187,8 +191,7 @@ def test_workers_that_share_one_processor_are_reduced_to_one_unless_asked_for() 
             assert isa.native().busy_crew(fixed, 20) == 0
             assert fixed.active == 2
     finally:
-        for task in os.listdir("/proc/self/task"):
-            os.sched_setaffinity(int(task), mask)
+        pin_all_threads(mask)
     # And with its processors back, the pool still counts right whatever it decides.
     assert sum(isa.native().stress_pool(adaptive, 20, True) for _ in range(200)) == 0
 

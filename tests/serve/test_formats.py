@@ -114,3 +114,22 @@ def test_forms() -> None:
     tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
     assert calls_schema([tool], Form(False, takes_tools=True))["properties"]["name"]["const"] == "f"
     assert calls_schema([tool, tool], Form(False, takes_tools=False))["type"] == "array"
+
+
+def test_references_inside_a_tools_parameters_stay_inside() -> None:
+    parameters = {
+        "$defs": {"City": {"enum": ["Rome", "Oslo"]}},
+        "type": "object",
+        "properties": {
+            "city": {"$ref": "#/$defs/City"},
+            "again": {"$ref": "#"},
+            "$ref": {"type": "string"},
+        },
+    }
+    tools = [{"function": {"name": n, "parameters": parameters}} for n in ("a", "b")]
+    schema = calls_schema(tools, Form(thinks=False, takes_tools=True))
+    moved = schema["$defs"]["1"]["properties"]
+    assert moved["city"] == {"$ref": "#/$defs/1/$defs/City"}
+    assert moved["again"] == {"$ref": "#/$defs/1"}
+    assert moved["$ref"] == {"type": "string"}
+    assert parameters["properties"]["city"] == {"$ref": "#/$defs/City"}

@@ -209,7 +209,7 @@ NO_SCHEMA = {"name": "x", "schema": {"type": "no"}}
 def test_what_cannot_be_done_is_refused_by_name(
     client: openai.OpenAI, options: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError), match=message):
+    with pytest.raises(openai.BadRequestError, match=message):
         chat(client, **options)
     assert chat(client).choices[0].message.content  # and the server lives
 
@@ -219,7 +219,7 @@ def test_prompts_at_the_edge(client: openai.OpenAI, prompt: Any) -> None:
     if prompt == "":  # becomes the token that begins a text
         assert complete(client, prompt).choices[0].text is not None
         return
-    with pytest.raises((openai.BadRequestError, openai.UnprocessableEntityError)):
+    with pytest.raises(openai.BadRequestError):
         complete(client, prompt)
 
 
@@ -248,7 +248,7 @@ def test_any_value_is_answered(server: Server, field: str) -> None:
         body = {"prompt": "a", "max_tokens": 2, field: value}
         text = json.dumps(body).replace("Infinity", "1e400")
         reply = httpx.post(f"{server.url}/v1/completions", content=text, timeout=20)
-        assert reply.status_code in (200, 400, 422), (field, value, reply.text)
+        assert reply.status_code in (200, 400), (field, value, reply.text)
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,7 @@ def test_any_value_is_answered(server: Server, field: str) -> None:
 )
 def test_broken_bodies(server: Server, body: bytes) -> None:
     reply = httpx.post(f"{server.url}/v1/completions", content=body, timeout=20)
-    assert reply.status_code in (400, 422)
+    assert reply.status_code == 400
     assert "message" in reply.json()["error"]
 
 

@@ -2,63 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import re
+import json
 import signal
-import subprocess
-import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from running import Process
 
 STORY = {"prompt": "Once upon a time", "max_tokens": 450, "ignore_eos": True, "seed": 1}
 
 
-class Process:
-    """A server of its own."""
-
-    def __init__(self, *arguments: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", "earnest", "serve", "stories", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"NO_COLOR": "1", "COLUMNS": "200"},
-        )
-
-    def where(self) -> str:
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        found = re.search(r"(https?://\S+|unix:\S+)", line)
-        assert found, (line, self.process.stderr.read() if self.process.stderr else "")
-        return found[1]
-
-    def end(self, number: int = signal.SIGTERM) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(30)
-
-
-@pytest.fixture
-def start() -> Iterator[Callable[..., Process]]:
-    running: list[Process] = []
-
-    def make(*arguments: str) -> Process:
-        running.append(Process(*arguments))
-        return running[-1]
-
-    yield make
-    for found in running:
-        if found.process.poll() is None:
-            found.process.kill()
-        found.process.communicate()
-
-
-def test_it_answers_drains_and_ends(start: Callable[..., Process]) -> None:
-    server = start("--port", "0")
+def test_it_answers_drains_and_ends(start_process: Callable[..., Process]) -> None:
+    server = start_process("--port", "0")
     url = server.where()
     replies: list[Any] = []
     begun = threading.Event()
@@ -80,25 +39,27 @@ def test_it_answers_drains_and_ends(start: Callable[..., Process]) -> None:
     assert replies[0].json()["usage"]["completion_tokens"] == 450
 
 
-def test_two_servers_on_one_port(start: Callable[..., Process]) -> None:
-    port = start("--port", "0").where().rsplit(":", 1)[1]
-    second = start("--port", port)
+def test_two_servers_on_one_port(start_process: Callable[..., Process]) -> None:
+    port = start_process("--port", "0").where().rsplit(":", 1)[1]
+    second = start_process("--port", port)
     _, problem = second.process.communicate(timeout=60)
     assert second.process.returncode == 4
     assert f"another program listens on 127.0.0.1:{port}" in problem and "--port" in problem
 
 
-def test_a_socket_file_survives_a_kill(start: Callable[..., Process], tmp_path: Path) -> None:
+def test_a_socket_file_survives_a_kill(
+    start_process: Callable[..., Process], tmp_path: Path
+) -> None:
     path = tmp_path / "socket"
-    killed = start("--unix-socket", str(path))
+    killed = start_process("--unix-socket", str(path))
     killed.where()
     killed.end(signal.SIGKILL)
     assert path.is_socket()
-    again = start("--unix-socket", str(path))
+    again = start_process("--unix-socket", str(path))
     assert again.where() == f"unix:{path}"
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
         assert client.get("http://server/v1/models").json()["data"][0]["id"] == "stories"
-    third = start("--unix-socket", str(path))
+    third = start_process("--unix-socket", str(path))
     _, problem = third.process.communicate(timeout=60)
     assert third.process.returncode == 4 and "another program" in problem
     assert again.end(signal.SIGINT) == 0
@@ -106,23 +67,23 @@ def test_a_socket_file_survives_a_kill(start: Callable[..., Process], tmp_path: 
 
 
 def test_keys_from_a_file_and_the_environment(
-    start: Callable[..., Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start_process: Callable[..., Process], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = tmp_path / "keys"
     keys.write_text("one\ntwo\n")
     monkeypatch.setenv("EARNEST_API_KEY", "three")
-    url = start("--port", "0", "--api-key-file", str(keys), "--name", "mine").where()
+    url = start_process("--port", "0", "--api-key-file", str(keys), "--name", "mine").where()
     for key, status in (("one", 200), ("two", 200), ("three", 200), ("four", 401)):
         reply = httpx.get(f"{url}/v1/models", headers={"authorization": f"Bearer {key}"})
         assert reply.status_code == status
     assert reply.json()["error"]["type"] == "authentication_error"
 
 
-def test_keys_that_are_no_text(start: Callable[..., Process], tmp_path: Path) -> None:
+def test_keys_that_are_no_text(start_process: Callable[..., Process], tmp_path: Path) -> None:
     for content, message in ((b"\xff\xfe", "no text"), (b" \n", "no keys")):
         keys = tmp_path / "keys"
         keys.write_bytes(content)
-        server = start("--api-key-file", str(keys))
+        server = start_process("--api-key-file", str(keys))
         _, problem = server.process.communicate(timeout=60)
         assert server.process.returncode == 2 and message in problem
 
@@ -137,8 +98,22 @@ def test_keys_that_are_no_text(start: Callable[..., Process], tmp_path: Path) ->
     ],
 )
 def test_what_cannot_be_served(
-    start: Callable[..., Process], arguments: tuple[str, ...], status: int, message: str
+    start_process: Callable[..., Process], arguments: tuple[str, ...], status: int, message: str
 ) -> None:
-    server = start(*arguments)
+    server = start_process(*arguments)
     _, problem = server.process.communicate(timeout=60)
     assert server.process.returncode == status and message in problem
+
+
+def test_all_that_is_told_is_json_on_request(start_process: Callable[..., Process]) -> None:
+    server = start_process("--port", "0", "--log-format", "json")
+    url = server.where()
+    for number in range(3):
+        headers = {"x-request-id": str(number)}
+        assert httpx.get(f"{url}/v1/models", headers=headers).status_code == 200
+    assert httpx.get(f"{url}/health").status_code == 200
+    assert server.end() == 0
+    lines = [json.loads(line) for line in server.process.stderr.read().splitlines() if "{" in line]
+    asked = [line["request_id"] for line in lines if line["message"] == "request"]
+    assert asked == ["0", "1", "2"]
+    assert any("ending" in line["message"] for line in lines)

@@ -19,6 +19,7 @@ from earnest.errors import EarnestError, MemoryBudgetError
 VERBS = {
     "run": "Ask a model, or chat with it on a terminal.",
     "serve": "Serve a model over HTTP, as OpenAI, Anthropic and Ollama do.",
+    "deploy": "Serve a model with several engines on a Ray cluster.",
     "inspect": "Show what a checkpoint (or a preset) holds: config, parts, types, sizes.",
     "verify": "Check a checkpoint's integrity, its plausibility, and its exactness.",
     "diff": "List which tensors of two checkpoints differ, and by how much.",

@@ -6,7 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import click
 
@@ -19,6 +19,7 @@ from earnest.cli.terminal import (
     out,
     print_json,
     progress_bar,
+    speculation_option,
 )
 from earnest.cli.timings import Timings, ran_by
 from earnest.engine import (
@@ -75,6 +76,7 @@ def _sampling_options(command: Any) -> Any:
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of context to reserve.")
 @runner_options
+@speculation_option
 @click.option(
     "--timings", is_flag=True, help="Show tokens per second, time to first token and memory."
 )
@@ -90,6 +92,7 @@ def command(
     stop: tuple[str, ...],
     ignore_eos: bool,
     context: int | None,
+    speculation: Literal["prompt", "off"],
     timings: bool,
     allow_missing_correction_bias: bool,
     as_json: bool,
@@ -114,6 +117,7 @@ def command(
         name,
         max_context=context,
         **how,
+        speculation=None if speculation == "off" else speculation,
         allow_missing_correction_bias=allow_missing_correction_bias,
     )
     watch = Timings(time.monotonic() - begun)

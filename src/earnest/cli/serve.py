@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import secrets
 from pathlib import Path
-from typing import Unpack
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import click
 
 from earnest import env
 from earnest.cli.runner_options import RunnerOptions, runner_options
-from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar
+from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar, speculation_option
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
-from earnest.files import read_bytes
 
-_MAX_KEYS_BYTES = 2**20
+if TYPE_CHECKING:
+    from earnest.serve.traces import Traces
 
 EPILOG = """\b
 Examples:
@@ -50,6 +49,7 @@ Examples:
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
 @runner_options
+@speculation_option
 @click.option(
     "--max-waiting",
     type=click.IntRange(1),
@@ -65,6 +65,25 @@ Examples:
     show_default=True,
     help="Seconds for answers under way when the server is told to end.",
 )
+@click.option(
+    "--log-level",
+    type=click.Choice(["debug", "info", "warning", "error"]),
+    default="info",
+    show_default=True,
+    help="What is told on standard error; info: a line for each request.",
+)
+@click.option(
+    "--log-format",
+    type=click.Choice(["text", "json"]),
+    default="text",
+    show_default=True,
+    help="How.",
+)
+@click.option(
+    "--otlp-traces-endpoint",
+    metavar="URL",
+    help="Send OpenTelemetry traces there (also OTEL_EXPORTER_OTLP_TRACES_ENDPOINT).",
+)
 @allow_bias_option
 def command(
     model: str,
@@ -78,9 +97,13 @@ def command(
     tls_certificate: Path | None,
     tls_key: Path | None,
     context: int | None,
+    speculation: Literal["prompt", "off"],
     max_waiting: int,
     timeout: float | None,
     drain: float,
+    log_level: str,
+    log_format: Literal["text", "json"],
+    otlp_traces_endpoint: str | None,
     allow_missing_correction_bias: bool,
     **how: Unpack[RunnerOptions],
 ) -> None:
@@ -90,8 +113,9 @@ def command(
     machine only, unless told otherwise. SIGTERM lets answers under way come to their end.
     """
     try:
+        from earnest.serve import journal
         from earnest.serve.run import Address, listen, serve
-        from earnest.serve.state import Limits, Served
+        from earnest.serve.state import Limits, Served, keys_in
     except ImportError as error:
         raise MissingPackageError(
             "earnest serve needs packages that are not installed",
@@ -100,14 +124,17 @@ def command(
         ) from error
     if (tls_certificate is None) != (tls_key is None):
         raise UserError("--tls-certificate and --tls-key belong together")
-    keys = (*api_key, *env.api_keys(), *_keys_in(api_key_file))
+    keys = (*api_key, *env.api_keys(), *keys_in(api_key_file))
     address = Address(host, port, unix_socket, tls_certificate, tls_key)
+    journal.configure(log_level, log_format)
+    traces = _traces(otlp_traces_endpoint)
     listener = listen(address)
     try:
         with progress_bar("opening") as progress:
             opened = load(
                 model,
                 max_context=context,
+                speculation=None if speculation == "off" else speculation,
                 **how,
                 allow_missing_correction_bias=allow_missing_correction_bias,
                 progress=progress,
@@ -119,8 +146,8 @@ def command(
             api_keys=keys,
             limits=Limits(waiting=max_waiting, request_seconds=timeout),
             origins=cors,
+            traces=traces,
         )
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
         if not keys and host not in ("127.0.0.1", "localhost", "::1") and unix_socket is None:
             key = secrets.token_hex(8)
             notice(f"anybody who reaches {host} may use it; --api-key {key} asks for a key")
@@ -140,14 +167,17 @@ def command(
             unix_socket.unlink(missing_ok=True)
 
 
-def _keys_in(path: Path | None) -> tuple[str, ...]:
-    if path is None:
-        return ()
+def _traces(endpoint: str | None) -> Traces | None:
+    """Where traces go, if anywhere. What the environment asks for, which is often set for all
+    programs of a machine, is done where it can be done."""
+    from earnest.serve.traces import Traces
+
+    if endpoint is None and env.traces_endpoint() is None:
+        return None
     try:
-        text = read_bytes(path, _MAX_KEYS_BYTES).decode()
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} holds no text", expected="a key on each line") from error
-    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
-    if not keys:
-        raise UserError(f"{path} holds no keys", expected="one on each line")
-    return keys
+        return Traces(endpoint)
+    except MissingPackageError as error:
+        if endpoint is not None:
+            raise
+        notice(f"no traces are sent: {error.problem}; {error.remedy}")
+        return None

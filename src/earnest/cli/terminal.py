@@ -39,6 +39,13 @@ allow_bias_option = click.option(
     is_flag=True,
     help="Open a MoE checkpoint that lost its e_score_correction_bias (routes differently!).",
 )
+speculation_option = click.option(
+    "--speculation",
+    type=click.Choice(["prompt", "off"]),
+    default="prompt",
+    show_default=True,
+    help="Guess tokens where the text repeats itself, while it pays; they stay the same.",
+)
 force_option = click.option("--force", is_flag=True, help="Replace DST if it exists.")
 
 

@@ -19,41 +19,41 @@ class Slice:
         start: position of the first.
         blocks: the sequence's KV blocks, in order; enough for the last token's position.
         logits: which of the tokens' logits are wanted: this many of the last ones.
+        hidden: the same for hidden states.
     """
 
     tokens: Sequence[int]
     start: int
     blocks: Sequence[int]
     logits: int = 0
+    hidden: int = 0
 
 
 def make_batch(slices: Sequence[Slice], block_size: int) -> Batch:
-    """Lay the slices end to end; the logits rows come in the same order."""
-    lengths = [len(part.tokens) for part in slices]
-    starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int32)
-    needed = [
-        blocks_for(part.start + length, block_size)
-        for part, length in zip(slices, lengths, strict=True)
-    ]
-    tables = np.full((len(slices), max(needed)), -1, np.int32)
-    for row, part, count in zip(tables, slices, needed, strict=True):
-        row[:count] = part.blocks[:count]
+    """Lay the slices end to end; the rows that are wanted come in the same order."""
+    # Lists, made arrays once: most steps are short, and a call of numpy costs more than a row.
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts = [0]
+    logits: list[int] = []
+    hidden: list[int] = []
+    tables: list[list[int]] = []
+    for part in slices:
+        tokens.extend(part.tokens)
+        end, length = len(tokens), len(part.tokens)
+        positions.extend(range(part.start, part.start + length))
+        starts.append(end)
+        logits.extend(range(end - part.logits, end))
+        hidden.extend(range(end - part.hidden, end))
+        tables.append(list(part.blocks[: blocks_for(part.start + length, block_size)]))
+    widest = max(map(len, tables))
     return Batch(
-        tokens=np.concatenate([np.asarray(part.tokens, np.int32) for part in slices]),
-        positions=np.concatenate(
-            [
-                np.arange(part.start, part.start + length, dtype=np.int32)
-                for part, length in zip(slices, lengths, strict=True)
-            ]
-        ),
-        sequence_starts=starts,
-        block_tables=tables,
-        logits_rows=np.concatenate(
-            [
-                np.arange(end - part.logits, end, dtype=np.int32)
-                for part, end in zip(slices, starts[1:], strict=True)
-            ]
-        ),
+        tokens=np.array(tokens, np.int32),
+        positions=np.array(positions, np.int32),
+        sequence_starts=np.array(starts, np.int32),
+        block_tables=np.array([row + [-1] * (widest - len(row)) for row in tables], np.int32),
+        logits_rows=np.array(logits, np.int32),
+        hidden_rows=np.array(hidden, np.int32),
     )
 
 

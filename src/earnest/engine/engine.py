@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,8 +21,10 @@ import numpy.typing as npt
 from earnest.engine import sequence as sequences
 from earnest.engine.batch import blocks_for, make_batch
 from earnest.engine.blocks import BlockPool
+from earnest.engine.reading import Pooled, PromptLogprobs, Scores, reader_of
 from earnest.engine.request import (
     FinishReason,
+    Pooling,
     Request,
     SamplingParams,
     TokenEvent,
@@ -32,7 +34,13 @@ from earnest.engine.sampler import Sampler, check_sampling, token_logprobs
 from earnest.engine.scheduler import Part, Scheduler
 from earnest.engine.speculation import Speculation
 from earnest.engine.stop import Detokenizer, TextStream
-from earnest.errors import EarnestError, MemoryBudgetError, PromptError, UserError
+from earnest.errors import (
+    EarnestError,
+    MemoryBudgetError,
+    PromptError,
+    SamplingError,
+    UserError,
+)
 from earnest.runners.base import Float32, Runner
 
 if TYPE_CHECKING:
@@ -53,7 +61,9 @@ class Counters:
         prompt_tokens: of the requests admitted.
         cached_tokens: of those, found in remembered blocks.
         generated_tokens: tokens chosen.
-        drafted_tokens, accepted_tokens: guesses made, and those that were right.
+        drafts: times that a sequence's next tokens were guessed.
+        drafted_tokens, accepted_tokens: guesses run, and those that were right.
+        accepted_at: of those, how many came first, second, ... in their draft.
         preemptions: sequences that had to give their blocks back.
     """
 
@@ -61,8 +71,10 @@ class Counters:
     prompt_tokens: int = 0
     cached_tokens: int = 0
     generated_tokens: int = 0
+    drafts: int = 0
     drafted_tokens: int = 0
     accepted_tokens: int = 0
+    accepted_at: list[int] = field(default_factory=list)
     preemptions: int = 0
 
 
@@ -146,11 +158,13 @@ class Engine:
 
         Raises:
             PromptError: no tokens, ids outside the vocabulary, or longer than the context.
-            SamplingError: a parameter does not fit the model (see `check_sampling`).
+            SamplingError: a parameter does not fit the model (see `check_sampling`), or what is
+                to be read off the prompt.
         """
         params = request.sampling
         check_token_ids(request.prompt_ids, self._vocab_size)
         check_sampling(params, self._vocab_size, self._stop_ids(request))
+        _check_reading(request, self._vocab_size)
         length = len(request.prompt_ids)
         if length > self.max_context or (length == self.max_context and params.max_tokens != 0):
             raise PromptError(
@@ -202,7 +216,7 @@ class Engine:
             beginning=self.blocks.beginning(request.salt) if self._share_prefixes else None,
             constraint=None if request.constraint is None else request.constraint(),
             leader=None if after is None else self._alive.get(after),
-            prompt_logprobs=None if params.prompt_logprobs is None else [None],
+            reader=reader_of(request),
         )
         self._alive[sequence.id] = sequence
         self._scheduler.add(sequence)
@@ -261,25 +275,34 @@ class Engine:
         for sequence in running:
             self._count_prompt(sequence)
         results: list[Result] = [
-            (sequence.id, self._scored(sequence)) for sequence in running if sequence.needs_no_step
+            (sequence.id, self._read(sequence)) for sequence in running if sequence.needs_no_step
         ]
         parts = [part for part in parts if part.sequence.id in self._alive]
         if not parts:
             return results
         batch = make_batch([part.slice for part in parts], self._runner.block_size)
-        logits = self._runner.step(batch)
+        if len(batch.hidden_rows):
+            shape = (len(batch.hidden_rows), self._runner.config.hidden_size)
+            hidden_HD = np.empty(shape, np.float32)
+            logits_RV = self._runner.step(batch, hidden=hidden_HD)
+        else:
+            hidden_HD = np.empty((0, 0), np.float32)
+            logits_RV = self._runner.step(batch)
         self.counters.steps += 1
-        first = 0
+        first = first_hidden = 0
         for part in parts:
-            rows_RV = logits[first : first + part.slice.logits]
+            rows = logits_RV[first : first + part.slice.logits]
+            hidden = hidden_HD[first_hidden : first_hidden + part.slice.hidden]
             first += part.slice.logits
+            first_hidden += part.slice.hidden
             try:
-                results += [(part.sequence.id, event) for event in self._advance(part, rows_RV)]
+                events = self._advance(part, rows, hidden)
+                results += [(part.sequence.id, event) for event in events]
             except EarnestError as error:
                 self._end(part.sequence)
                 results.append((part.sequence.id, error))
         if self._speculation is not None:
-            self._speculation.stepped(len(results))
+            self._speculation.stepped()
         return results
 
     def _count_prompt(self, sequence: sequences.Sequence) -> None:
@@ -289,41 +312,53 @@ class Engine:
             self.counters.prompt_tokens += sequence.prompt_length
             self.counters.cached_tokens += sequence.cached
 
-    def _advance(self, part: Part, rows_RV: Float32) -> list[TokenEvent]:
+    def _advance(self, part: Part, rows_RV: Float32, hidden_HD: Float32) -> list[TokenEvent]:
         """Take in what one step computed for one sequence; an event for each token chosen.
 
         A guess that is the token chosen saves a step: the row after it is what the model expects
         next. What was computed behind a wrong one is never read, and written over.
         """
         sequence, slice_ = part.sequence, part.slice
-        if not sequence.scored:
-            self._score_prompt(sequence, slice_.start, rows_RV)
+        if sequence.reader is not None:
+            rows = hidden_HD if sequence.reader.hidden else rows_RV
+            sequence.reader.read(slice_.start + len(slice_.tokens) - len(rows), rows)
         known = len(slice_.tokens) - len(part.drafts)
         if sequence.pending > known:  # a piece of a prompt
             self._scheduler.computed(sequence, known)
             return []
         if sequence.limit == 0:
-            return [self._scored(sequence)]
+            self._scheduler.computed(sequence, known)  # others may begin with the same
+            return [self._read(sequence)]
         events: list[TokenEvent] = []
         for guess, logits_V in zip(
             (*part.drafts, None), rows_RV[len(rows_RV) - 1 - len(part.drafts) :], strict=True
         ):
             events.append(self._chosen(sequence, logits_V))
-            if events[-1].finish_reason is not None:
-                self._guessed(part, len(events) - 1)
-                self._end(sequence)
-                return events
-            if events[-1].token_id != guess:
+            if events[-1].finish_reason is not None or events[-1].token_id != guess:
                 break
-        self._guessed(part, len(events) - 1)
-        self._scheduler.computed(sequence, known + len(events) - 1)
+        if self._speculation is not None:
+            chosen = sequence.tokens[len(sequence.tokens) - len(events) :]
+            self._speculation.came(sequence.id, chosen)
+            self._count_guesses(part.drafts, chosen)
+        if events[-1].finish_reason is not None:
+            self._end(sequence)
+        else:
+            self._scheduler.computed(sequence, known + len(events) - 1)
         return events
 
-    def _guessed(self, part: Part, right: int) -> None:
-        if self._speculation is not None and part.drafts:
-            self._speculation.checked(len(part.drafts), right)
-            self.counters.drafted_tokens += len(part.drafts)
-            self.counters.accepted_tokens += right
+    def _count_guesses(self, drafts: tuple[int, ...], chosen: list[int]) -> None:
+        if not drafts:
+            return
+        counters = self.counters
+        counters.drafts += 1
+        counters.drafted_tokens += len(drafts)
+        for index, (guess, token) in enumerate(zip(drafts, chosen, strict=False)):
+            if guess != token:
+                break
+            counters.accepted_tokens += 1
+            if index == len(counters.accepted_at):
+                counters.accepted_at.append(0)
+            counters.accepted_at[index] += 1
 
     def _chosen(self, sequence: sequences.Sequence, logits_V: Float32) -> TokenEvent:
         """Choose the next token of a sequence."""
@@ -352,32 +387,26 @@ class Engine:
             token_id=token,
             logprobs=logprobs,
             finish_reason=reason,
-            prompt_logprobs=_frozen(sequence) if is_first else None,
+            prompt_logprobs=_prompt_logprobs(sequence) if is_first else None,
             cached_tokens=sequence.cached if is_first else None,
+            admitted_at=sequence.admitted_at if is_first else None,
             stop_string=sequence.text.found,
         )
 
-    def _scored(self, sequence: sequences.Sequence) -> TokenEvent:
+    def _read(self, sequence: sequences.Sequence) -> TokenEvent:
         """The sole event of a request for no tokens."""
         self._end(sequence)
+        reader = sequence.reader
         return TokenEvent(
             text="",
             token_id=None,
             finish_reason="length",
-            prompt_logprobs=_frozen(sequence),
+            prompt_logprobs=_prompt_logprobs(sequence),
             cached_tokens=sequence.cached,
+            admitted_at=sequence.admitted_at,
+            scores=tuple(reader.found) if isinstance(reader, Scores) else None,
+            embedding=reader.found if isinstance(reader, Pooled) else None,
         )
-
-    def _score_prompt(self, sequence: sequences.Sequence, start: int, rows_RV: Float32) -> None:
-        """Row i of a prompt is what the model expected at i + 1. After a preemption rows come
-        again; what was found stays."""
-        count, found = sequence.request.sampling.prompt_logprobs, sequence.prompt_logprobs
-        if found is None or count is None:
-            return
-        prompt = sequence.request.prompt_ids
-        for position, logits_V in enumerate(rows_RV, start + 1):
-            if position == len(found) < len(prompt):
-                found.append(token_logprobs(logits_V, int(prompt[position]), count))
 
     def _end(self, sequence: sequences.Sequence) -> None:
         del self._alive[sequence.id]
@@ -386,9 +415,35 @@ class Engine:
             self._speculation.forget(sequence.id)
 
 
-def _frozen(sequence: sequences.Sequence) -> tuple[TokenLogprobs | None, ...] | None:
-    found = sequence.prompt_logprobs
-    return None if found is None else tuple(found)
+def _prompt_logprobs(sequence: sequences.Sequence) -> tuple[TokenLogprobs | None, ...] | None:
+    reader = sequence.reader
+    return tuple(reader.found) if isinstance(reader, PromptLogprobs) else None
+
+
+def _check_reading(request: Request, vocab_size: int) -> None:
+    reading, params = request.reading, request.sampling
+    if reading is None:
+        return
+    if params.max_tokens != 0 or params.prompt_logprobs is not None:
+        raise SamplingError(
+            "a prompt that is read is not continued",
+            got=f"max_tokens={params.max_tokens}, prompt_logprobs={params.prompt_logprobs}",
+            expected="max_tokens=0 and no prompt_logprobs",
+        )
+    if isinstance(reading, Pooling):
+        return
+    positions = [position for position, _ in reading.targets]
+    if (
+        not positions
+        or positions != sorted(positions)
+        or not 1 <= positions[0] <= positions[-1] <= len(request.prompt_ids)
+    ):
+        raise PromptError(
+            "the positions to be scored do not fit the prompt",
+            got=positions[:16],
+            expected=f"at least one, ascending, from 1 to {len(request.prompt_ids):,}",
+        )
+    check_token_ids([token for _, token in reading.targets], vocab_size)
 
 
 def check_token_ids(token_ids: Sequence[int] | npt.NDArray[np.integer], vocab_size: int) -> None:

@@ -11,6 +11,7 @@ from typing import Literal
 
 from earnest.engine.constraint import Constraint
 from earnest.errors import SamplingError
+from earnest.runners.base import Float32
 
 FinishReason = Literal["stop", "length"]
 
@@ -129,8 +130,48 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True)
+class Scoring:
+    """Ask how likely given tokens are, instead of a continuation.
+
+    Attributes:
+        targets: (position, token id), positions ascending: how likely the token is at that
+            position, after the prompt's tokens before it. Positions are 1 to the prompt's length,
+            which is where the first new token would stand; several may be the same.
+    """
+
+    targets: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely one token is.
+
+    Attributes:
+        logprob: natural logarithm of its probability.
+        greedy: whether it is the likeliest one (of equals the lowest id).
+    """
+
+    logprob: float
+    greedy: bool
+
+
+PoolingKind = Literal["mean", "last"]
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """Ask for one vector that stands for the prompt, instead of a continuation.
+
+    Attributes:
+        kind: the mean of all tokens' hidden states after the final norm, or that of the last token.
+    """
+
+    kind: PoolingKind = "mean"
+
+
+@dataclass(frozen=True)
 class Request:
-    """One sequence to continue.
+    """One sequence to continue, or to read.
 
     Attributes:
         prompt_ids: token ids of the prompt, at least one.
@@ -139,6 +180,7 @@ class Request:
         salt: only requests of the same salt share the blocks of common prefixes, and see by the
             time it takes whether there are any. Give each tenant one.
         constraint: makes the state of a grammar that the output must follow; None: it is free.
+        reading: what to find out about the prompt instead of continuing it (`max_tokens` is 0).
     """
 
     prompt_ids: tuple[int, ...]
@@ -146,6 +188,7 @@ class Request:
     priority: int = 0
     salt: bytes = b""
     constraint: Callable[[], Constraint] | None = None
+    reading: Scoring | Pooling | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +203,10 @@ class TokenEvent:
         finish_reason: set on the last event.
         prompt_logprobs: if asked for, on the first event: one per prompt token, the first None.
         cached_tokens: on the first event: tokens of the prompt that were not computed again.
+        admitted_at: on the first event: `time.monotonic()` when it was first given KV blocks.
         stop_string: on the last event: the one of `stop` that ended the text, if one did.
+        scores: what `Scoring` asked for, in its order.
+        embedding: what `Pooling` asked for, float32 `[hidden_size]`, not normalised.
     """
 
     text: str
@@ -169,7 +215,10 @@ class TokenEvent:
     finish_reason: FinishReason | None = None
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
     cached_tokens: int | None = None
+    admitted_at: float | None = field(default=None, compare=False)
     stop_string: str | None = None
+    scores: tuple[Score, ...] | None = None
+    embedding: Float32 | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)

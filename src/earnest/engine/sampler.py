@@ -11,6 +11,7 @@ request is reproducible whatever runs beside it, and one that is interrupted goe
 from __future__ import annotations
 
 import secrets
+import threading
 from collections.abc import Collection, Sequence
 
 import numpy as np
@@ -26,6 +27,9 @@ Ids = npt.NDArray[np.intp]
 
 # Sums of a bias and of penalties are held inside this, so that inf - inf cannot arise.
 _HUGE = 1e300
+# Values of which `largest` first looks at the greatest only.
+_RUN = 64
+_DRAWN_AT_ONCE, _DRAWN_RUN = 4096, 256
 
 
 def check_sampling(params: SamplingParams, vocab_size: int, stop_ids: Collection[int]) -> None:
@@ -101,7 +105,10 @@ class Sampler:
             CheckpointError: the logits hold NaN or infinity.
         """
         require_finite(logits_V)
-        token = self._choose(self._adjusted(logits_V, allowed_V))
+        if self._params.temperature == 0 and allowed_V is None and self._is_plain():
+            token = int(np.argmax(logits_V))
+        else:
+            token = self._choose(self._adjusted(logits_V, allowed_V))
         self.count += 1
         if self._seen_V is not None:
             self._seen_V[token] = True
@@ -109,9 +116,19 @@ class Sampler:
             self._occurrences_V[token] += 1
         return token
 
+    def _is_plain(self) -> bool:
+        """Whether nothing but a grammar changes the logits."""
+        return (
+            self.count >= self._params.min_tokens
+            and not len(self._bias_ids)
+            and self._seen_V is None
+            and self._occurrences_V is None
+        )
+
     def _adjusted(self, logits_V: Float, allowed_V: npt.NDArray[np.bool_] | None) -> Float64:
-        """The logits after bias, penalties, minimum-length masking and grammar; always a copy."""
-        params, x_V = self._params, logits_V.astype(np.float64)
+        """The logits after bias, penalties, minimum-length masking and grammar, in scratch 0."""
+        params, x_V = self._params, _scratch(0, len(logits_V))
+        x_V[:] = logits_V
         with np.errstate(over="ignore"):
             if len(self._bias_ids):
                 x_V[self._bias_ids] = _held(x_V[self._bias_ids] + self._bias)
@@ -137,8 +154,11 @@ class Sampler:
         if params.temperature == 0:
             return int(np.argmax(x_V))  # the first of equals: the lowest id
         # Subtracting the maximum before dividing keeps the smallest temperatures from overflowing.
+        weights_V = _scratch(1, len(x_V))
         with np.errstate(over="ignore"):
-            weights_V = np.exp((x_V - x_V.max()) / params.temperature)
+            np.subtract(x_V, x_V.max(), out=weights_V)
+            np.divide(weights_V, params.temperature, out=weights_V)
+            np.exp(weights_V, out=weights_V)
         kept: Ids | None = None  # best first; None: the whole vocabulary
         if 0 < params.top_k < len(weights_V):
             kept = largest(x_V, params.top_k)
@@ -165,9 +185,11 @@ def token_logprobs(logits_V: Float, token: int, count: int) -> TokenLogprobs:
         CheckpointError: the logits hold NaN or infinity.
     """
     require_finite(logits_V)
-    x_V = logits_V.astype(np.float64)
+    x_V, weights_V = _scratch(0, len(logits_V)), _scratch(1, len(logits_V))
+    x_V[:] = logits_V
     greatest = x_V.max()
-    log_total = greatest + np.log(np.exp(x_V - greatest).sum())
+    np.exp(np.subtract(x_V, greatest, out=weights_V), out=weights_V)
+    log_total = greatest + np.log(weights_V.sum())
     best = largest(x_V, count) if count else ()
     return TokenLogprobs(
         token_id=token,
@@ -195,11 +217,17 @@ def largest(values_V: Float, count: int) -> Ids:
     """Indices of the `count` largest values, best first; of equals the lower index first."""
     if count >= len(values_V):
         return np.argsort(-values_V, kind="stable")
-    threshold = np.partition(values_V, len(values_V) - count)[len(values_V) - count]
-    above = np.flatnonzero(values_V > threshold)
-    level = np.flatnonzero(values_V == threshold)[: count - len(above)]
-    found = np.concatenate([above, level])
-    return found[np.argsort(-values_V[found], kind="stable")]
+    # Of the greatest of each run the `count`-th is no more than the `count`-th of all, and most
+    # values are less than it: few are left to be sorted.
+    runs = len(values_V) // _RUN
+    if count <= runs:
+        greatest = values_V[: runs * _RUN].reshape(_RUN, runs).max(axis=0)
+        bound = np.partition(greatest, runs - count)[runs - count]
+        candidates: Ids = np.flatnonzero(values_V >= bound)
+    else:
+        candidates = np.arange(len(values_V))
+    best = np.argsort(-values_V[candidates], kind="stable")[:count]
+    return candidates[best]
 
 
 def uniform(seed: int, position: int) -> float:
@@ -227,11 +255,40 @@ def _nucleus(weights_V: Float64, kept: Ids | None, top_p: float) -> Ids:
 
 
 def _draw(weights: Float64, number: float) -> int:
-    """The index at which the running sum of `weights` passes `number` (in [0, 1)) of the total."""
+    """The index at which the running sum of `weights` passes `number` (in [0, 1)) of the total.
+
+    Of many, first the run in which that is: sums of runs are quick, running sums are not.
+    """
+    if len(weights) > _DRAWN_AT_ONCE:
+        whole = len(weights) // _DRAWN_RUN * _DRAWN_RUN
+        sums = weights[:whole].reshape(-1, _DRAWN_RUN).sum(axis=1)
+        sums = np.append(sums, weights[whole:].sum())
+        run = _draw(sums, number)
+        left = number * sums.sum() - sums[:run].sum()
+        first = run * _DRAWN_RUN
+        within = min(max(left / sums[run], 0.0), 1 - 2.0**-53)
+        return first + _draw(weights[first : first + _DRAWN_RUN], within)
     reached = np.cumsum(weights)
     index = int(np.searchsorted(reached, number * reached[-1], side="right"))
     # Rounding can take the product up to the total; then the last possible index is meant.
     return min(index, int(np.searchsorted(reached, reached[-1])))
+
+
+class _Scratch(threading.local):
+    def __init__(self) -> None:
+        self.rows: dict[int, Float64] = {}
+
+
+_SCRATCH = _Scratch()
+
+
+def _scratch(number: int, length: int) -> Float64:
+    """Room for one row of the vocabulary, the thread's own and used again for every token: fresh
+    memory of that size costs more than what is computed in it."""
+    row = _SCRATCH.rows.get(number)
+    if row is None or len(row) < length:
+        row = _SCRATCH.rows[number] = np.empty(length)
+    return row[:length]
 
 
 def _held(values: npt.ArrayLike) -> Float64:

@@ -11,6 +11,7 @@ and whoever waits moves up a level again and again, until it is the first.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -111,6 +112,9 @@ class Scheduler:
         for sequence in order:
             if sequence.writing and sequence.id in self._running:
                 drafts = guesses.get(sequence.id, ())
+                positions = sequence.computed + 1 + len(drafts)
+                if self._missing(sequence, positions) > self._blocks.num_free:
+                    drafts = ()  # nobody is put off for a guess
                 tokens = [sequence.tokens[-1], *drafts]
                 if self._grow(sequence, sequence.computed + len(tokens)):
                     part = Slice(tokens, sequence.computed, sequence.blocks, len(tokens))
@@ -121,16 +125,22 @@ class Scheduler:
             if sequence.writing or budget <= 0 or sequence.id not in self._running:
                 continue
             start, length = sequence.computed, min(budget, sequence.pending)
-            if sequence.scored:
+            reader, hidden = sequence.reader, 0
+            if reader is None or reader.done:
                 wanted = int(length == sequence.pending)
             else:
-                length = wanted = min(length, prompt_logits)
+                unread = max(0, reader.next - start)  # in front of what is to be read
+                if not reader.hidden:
+                    length = min(length, unread + prompt_logits)
+                wanted = max(0, length - unread)
+                if reader.hidden:
+                    wanted, hidden = 0, wanted
                 prompt_logits -= wanted
             if length == 0 or not self._grow(sequence, start + length):
                 continue
             budget -= length
             tokens = sequence.tokens[start : start + length]
-            parts.append(Part(sequence, Slice(tokens, start, sequence.blocks, wanted)))
+            parts.append(Part(sequence, Slice(tokens, start, sequence.blocks, wanted, hidden)))
         return [part for part in parts if part.sequence.id in self._running]
 
     def computed(self, sequence: Sequence, count: int) -> None:
@@ -187,15 +197,15 @@ class Scheduler:
         sequence.blocks = [link.block for link in found] + fresh
         sequence.computed = len(found) * self._block_size
         if sequence.cached is None:
-            sequence.cached = sequence.computed
+            sequence.cached, sequence.admitted_at = sequence.computed, time.monotonic()
         return True
 
     def _found(self, sequence: Sequence) -> list[Link]:
         assert sequence.beginning is not None
         # The last token is always run: its logits are wanted.
         known = sequence.tokens[: len(sequence.tokens) - 1]
-        if not sequence.scored:
-            known = []
+        if sequence.reader is not None and not sequence.reader.done:
+            known = known[: sequence.reader.next]
         return self._blocks.find(sequence.beginning, known, self._block_size)
 
     def _put_off(self, newcomer: Sequence) -> bool:
@@ -208,7 +218,7 @@ class Scheduler:
 
     def _grow(self, sequence: Sequence, positions: int) -> bool:
         """Blocks for so many positions, taken from whoever comes last; False if that is itself."""
-        missing = blocks_for(positions, self._block_size) - len(sequence.blocks)
+        missing = self._missing(sequence, positions)
         if missing <= 0:
             return True
         while (fresh := self._blocks.allocate(missing)) is None:
@@ -218,6 +228,9 @@ class Scheduler:
                 return False
         sequence.blocks.extend(fresh)
         return True
+
+    def _missing(self, sequence: Sequence, positions: int) -> int:
+        return blocks_for(positions, self._block_size) - len(sequence.blocks)
 
     def _preempt(self, sequence: Sequence) -> None:
         del self._running[sequence.id]

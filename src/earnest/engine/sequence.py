@@ -6,7 +6,8 @@ from dataclasses import dataclass, field
 
 from earnest.engine.blocks import Link
 from earnest.engine.constraint import Constraint
-from earnest.engine.request import Request, TokenLogprobs
+from earnest.engine.reading import Reader
+from earnest.engine.request import Request
 from earnest.engine.sampler import Sampler
 from earnest.engine.stop import TextStream
 
@@ -29,8 +30,9 @@ class Sequence:
         computed: positions stored.
         waited: steps it has waited for, in all.
         cached: positions of the prompt that were found instead of computed, when first admitted.
+        admitted_at: `time.monotonic()` when that was.
         counted: whether its prompt was counted.
-        prompt_logprobs: those found so far, if asked for.
+        reader: reads the rows of its prompt; None: nobody wants them.
     """
 
     id: int
@@ -48,8 +50,9 @@ class Sequence:
     computed: int = 0
     waited: int = 0
     cached: int | None = None
+    admitted_at: float | None = None
     counted: bool = False
-    prompt_logprobs: list[TokenLogprobs | None] | None = None
+    reader: Reader | None = None
 
     @property
     def prompt_length(self) -> int:
@@ -68,8 +71,8 @@ class Sequence:
 
     @property
     def scored(self) -> bool:
-        """Whether all log-probabilities of the prompt that were asked for are there."""
-        return self.prompt_logprobs is None or len(self.prompt_logprobs) == self.prompt_length
+        """Whether all is known that was asked about the prompt."""
+        return self.reader is None or self.reader.done
 
     @property
     def needs_no_step(self) -> bool:

@@ -49,6 +49,10 @@ class Ticket:
     ended: bool = False
 
 
+# What came for a stream: whose it is, where it goes, and (which answer, event).
+_Arrival = tuple[Ticket, "asyncio.Queue[tuple[int, Event]]", tuple[int, Event]]
+
+
 @dataclass(frozen=True)
 class Load:
     """How busy a service is.
@@ -94,6 +98,7 @@ class Service:
         self._wake = threading.Condition()
         self._new: deque[Ticket] = deque()
         self._cancelled: deque[Ticket] = deque()
+        self._outgoing: dict[asyncio.AbstractEventLoop, list[_Arrival]] = {}
         self._tickets: dict[int, tuple[Ticket, int]] = {}  # by the engine's id: whose, and which
         self._open = 0  # answers that have not ended, queued ones included
         self._draining = self._closing = False
@@ -186,10 +191,7 @@ class Service:
         arrived: asyncio.Queue[tuple[int, Event]] = asyncio.Queue()
 
         def deliver(which: int, event: Event) -> None:
-            try:
-                loop.call_soon_threadsafe(arrived.put_nowait, (which, event))
-            except RuntimeError:  # the loop was closed in the middle: nobody listens
-                self.cancel(ticket)
+            self._outgoing.setdefault(loop, []).append((ticket, arrived, (which, event)))
 
         ticket = self.submit(requests, deliver, timeout=timeout)
         left = len(requests)
@@ -216,6 +218,7 @@ class Service:
             with self._lock:
                 for ticket in [*self._new, *{id(t): t for t, _ in self._tickets.values()}.values()]:
                     self._fail(ticket, ShuttingDownError("the server was shut down"))
+            self._hand_over()
 
     def _turn(self) -> bool:
         """Wait for work and do one step of it; False when the service is closed."""
@@ -237,7 +240,18 @@ class Service:
             self._load = self._measured()
         for number, event in results:
             self._deliver(number, event)
+        self._hand_over()
         return True
+
+    def _hand_over(self) -> None:
+        """Give each loop all that a turn has brought its streams, at once: it is woken once."""
+        outgoing, self._outgoing = self._outgoing, {}
+        for loop, events in outgoing.items():
+            try:
+                loop.call_soon_threadsafe(_arrive, events)
+            except RuntimeError:  # it was closed in the middle: nobody listens
+                for ticket, _, _ in events:
+                    self.cancel(ticket)
 
     def _admit(self, ticket: Ticket) -> None:
         if ticket.ended:
@@ -322,6 +336,11 @@ class Service:
         engine, pool = self._engine, self._engine.blocks
         used = 1 - pool.num_free / pool.num_blocks
         return Load(engine.num_running, engine.num_waiting, used, engine.counters)
+
+
+def _arrive(events: Sequence[_Arrival]) -> None:
+    for _, arrived, event in events:
+        arrived.put_nowait(event)
 
 
 def _unforeseen(what: str, error: Exception) -> MachineError:

@@ -8,7 +8,7 @@ Position p of a sequence is stored in block `block_table[p // block_size]`, slot
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import numpy as np
@@ -31,6 +31,7 @@ class Batch:
         sequence_starts: int32 `[S + 1]`; sequence s owns rows `[starts[s], starts[s + 1])`.
         block_tables: int32 `[S, B]` KV block ids in order; entries beyond what is needed are -1.
         logits_rows: int32 `[R]` the rows of T whose logits are wanted.
+        hidden_rows: int32 `[H]` the rows of T whose hidden states are wanted.
     """
 
     tokens: Int32
@@ -38,6 +39,7 @@ class Batch:
     sequence_starts: Int32
     block_tables: Int32
     logits_rows: Int32
+    hidden_rows: Int32 = field(default_factory=lambda: np.zeros(0, np.int32))
 
 
 @dataclass(frozen=True)
@@ -73,12 +75,19 @@ class Runner(Protocol):
         """KV blocks there are, in all."""
         ...
 
-    def step(self, batch: Batch, routing: list[Routing] | None = None) -> Float32:
+    def step(
+        self,
+        batch: Batch,
+        routing: list[Routing] | None = None,
+        hidden: Float32 | None = None,
+    ) -> Float32:
         """Run the batch, store its keys and values, return logits float32 `[R, vocab_size]`.
 
         Args:
             batch: the new tokens; every position below a token's own must have been stored by an
                 earlier step or by this one.
             routing: a list that receives one `Routing` per MoE layer, in order; None to skip.
+            hidden: float32 `[H, hidden_size]`, which receives the last layer's output, after the
+                final norm, of the `hidden_rows`; None if there are none.
         """
         ...

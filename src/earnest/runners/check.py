@@ -9,11 +9,18 @@ import numpy.typing as npt
 
 from earnest.config import ErnieConfig
 from earnest.errors import PromptError, UserError
-from earnest.runners.base import Batch
+from earnest.runners.base import Batch, Float32
 
 
-def check_batch(batch: Batch, config: ErnieConfig, block_size: int, num_blocks: int) -> None:
-    """Refuse a batch that contradicts itself, the model or the KV blocks.
+def check_batch(
+    batch: Batch,
+    config: ErnieConfig,
+    block_size: int,
+    num_blocks: int,
+    hidden: Float32 | None = None,
+) -> None:
+    """Refuse a batch that contradicts itself, the model or the KV blocks, and a `hidden` that does
+    not fit its rows.
 
     Raises:
         PromptError: a token id is outside the vocabulary, or a position outside the context.
@@ -25,6 +32,7 @@ def check_batch(batch: Batch, config: ErnieConfig, block_size: int, num_blocks: 
         "sequence_starts": (batch.sequence_starts, 1),
         "block_tables": (batch.block_tables, 2),
         "logits_rows": (batch.logits_rows, 1),
+        "hidden_rows": (batch.hidden_rows, 1),
     }
     for name, (array, dimensions) in arrays.items():
         if array.ndim != dimensions or not np.issubdtype(array.dtype, np.integer):
@@ -55,10 +63,40 @@ def check_batch(batch: Batch, config: ErnieConfig, block_size: int, num_blocks: 
             expected=len(starts) - 1,
         )
     _check_inside("Batch.logits_rows", batch.logits_rows, T, "rows", UserError)
+    _check_inside("Batch.hidden_rows", batch.hidden_rows, T, "rows", UserError)
     _check_inside("token id", batch.tokens, config.vocab_size, "the vocabulary", PromptError)
     _check_inside(
         "position", batch.positions, config.max_position_embeddings, "the context", PromptError
     )
+    _check_hidden(hidden, (len(batch.hidden_rows), config.hidden_size))
+    if not _is_sound(batch, block_size, num_blocks):
+        _name_the_fault(batch, block_size, num_blocks)
+
+
+def _is_sound(batch: Batch, block_size: int, num_blocks: int) -> bool:
+    """Whether positions and KV blocks make sense: all sequences at once, in a few calls."""
+    starts, tables = batch.sequence_starts.astype(np.int64), batch.block_tables
+    lengths = np.diff(starts)
+    if not lengths.all():
+        return False  # rare: one by one
+    sequences = np.repeat(np.arange(len(lengths)), lengths)
+    positions = batch.positions.astype(np.int64)
+    within = np.arange(len(positions)) - starts[sequences]
+    needed = positions[starts[1:] - 1] // block_size + 1
+    if (positions - within != positions[starts[sequences]]).any() or needed.max() > tables.shape[1]:
+        return False
+    is_used = np.arange(tables.shape[1]) < needed[:, None]
+    used = tables[is_used].astype(np.int64)
+    if (used < 0).any() or (used >= num_blocks).any():
+        return False
+    owned = np.sort(np.repeat(np.arange(len(needed)), needed) * num_blocks + used)
+    places = tables[sequences, positions // block_size].astype(np.int64) * block_size
+    written = np.sort(places + positions % block_size)
+    return bool((np.diff(owned) > 0).all() and (np.diff(written) > 0).all())
+
+
+def _name_the_fault(batch: Batch, block_size: int, num_blocks: int) -> None:
+    T, starts, tables = len(batch.tokens), batch.sequence_starts, batch.block_tables
     written: list[npt.NDArray[np.int64]] = []
     for sequence, (start, stop) in enumerate(pairwise(starts.tolist())):
         if start == stop:
@@ -89,6 +127,17 @@ def check_batch(batch: Batch, config: ErnieConfig, block_size: int, num_blocks: 
         raise UserError(
             "two sequences of the batch write to the same KV block position",
             remedy="share only blocks that are already filled",
+        )
+
+
+def _check_hidden(hidden: Float32 | None, shape: tuple[int, int]) -> None:
+    if hidden is None and shape[0] == 0:
+        return
+    if hidden is None or hidden.dtype != np.float32 or hidden.shape != shape:
+        raise UserError(
+            "there is no room for the hidden states of Batch.hidden_rows",
+            got=None if hidden is None else f"{hidden.dtype} {list(hidden.shape)}",
+            expected=f"float32 {list(shape)}",
         )
 
 

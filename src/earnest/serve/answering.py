@@ -13,7 +13,9 @@ from earnest.errors import ChatUnsupportedError, PromptError
 from earnest.serve.blocks import Block, Blocks
 from earnest.serve.constraints import Banned, ThinkingBudget
 from earnest.serve.formats import Delta, Form, OutputParser, calls_schema, form_of, with_tools
+from earnest.serve.journal import current
 from earnest.serve.state import Served
+from earnest.serve.strict_calls import StrictCalls
 
 Finish = Literal["stop", "length", "tool_calls"]
 MakeConstraint = Callable[[], Constraint]
@@ -31,7 +33,7 @@ class Ask:
         count: answers.
         parser: reads thoughts and calls out of the text; None: it is only text.
         constraint: what the text must follow.
-        salt: only requests of the same salt share computed prefixes.
+        salt: only requests of the same salt, and of the same tenant, share computed prefixes.
         priority: the lower, the sooner.
         one_call: end after the first call of a tool.
     """
@@ -118,11 +120,13 @@ async def answers(served: Served, ask: Ask) -> AsyncGenerator[Piece, None]:
             ask.prompt_ids,
             _seeded(ask.sampling, which),
             priority=ask.priority,
-            salt=ask.salt,
+            salt=current().tenant + ask.salt,
             constraint=ask.constraint,
         )
         for which in range(ask.count)
     ]
+    record = current()
+    record.asks(served.name, len(ask.prompt_ids), ask.sampling, ask.count)
     parsers = [ask.parser() if ask.parser else None for _ in requests]
     watches = [served.metrics.clock() for _ in requests]
     left = set(range(ask.count))
@@ -145,7 +149,8 @@ async def answers(served: Served, ask: Ask) -> AsyncGenerator[Piece, None]:
             ):
                 deltas = [d for d in deltas if not d.call]
                 finish = "tool_calls"
-            watches[which].token(finish)
+            now = watches[which].token(event, finish)
+            record.took(which, event, now, finish)
             yield Piece(which, event, deltas, finish)
             if finish is not None:
                 left.discard(which)
@@ -188,6 +193,7 @@ class Talk:
         tools: descriptions of functions.
         tool_choice: "auto", "none", "required", or the name of one.
         parallel_calls: whether an answer may call several tools.
+        strict: names of the tools whose calls follow their parameters' schema, however they come.
         variables: more variables for the template.
         grammar: of the answer; None: it is free.
         thinking_tokens: most tokens of thoughts; None: as many as it takes.
@@ -200,6 +206,7 @@ class Talk:
     tools: Sequence[Mapping[str, Any]] = ()
     tool_choice: str = "auto"
     parallel_calls: bool = True
+    strict: frozenset[str] = frozenset()
     variables: Mapping[str, Any] = field(default_factory=dict)
     grammar: MakeGrammar | None = None
     thinking_tokens: int | None = None
@@ -270,9 +277,30 @@ def _constraint(
     if grammar is not None and form.thinks:
         grammar = served.grammars.after_thinking(grammar)
     made = None if grammar is None else served.grammars.constraint(grammar)
+    if made is None and any(_name(tool) in talk.strict for tool in tools):
+        made = _strict(served, talk, tools, form)
     if talk.thinking_tokens is not None and form.thinks:
         made = _thinking(served, talk.thinking_tokens, made)
     return banning(served, talk.bad_words, made)
+
+
+def _strict(
+    served: Served, talk: Talk, tools: Sequence[Mapping[str, Any]], form: Form
+) -> MakeConstraint:
+    """Calls are not asked for; if they come, they are of a known tool and follow its schema where
+    it is strict."""
+    followed = [
+        tool if _name(tool) in talk.strict else {"function": {"name": _name(tool)}}
+        for tool in tools
+    ]
+    schema = calls_schema(followed, form, several=talk.parallel_calls)
+    inside = served.grammars.constraint(served.grammars.call(schema))
+    overruns, pieces = served.overruns, served.pieces
+    return lambda: StrictCalls(inside, overruns, pieces, thinks=form.thinks)
+
+
+def _name(tool: Mapping[str, Any]) -> str:
+    return str(tool["function"]["name"])
 
 
 def _thinking(served: Served, most: int, other: MakeConstraint | None) -> MakeConstraint:

@@ -188,6 +188,7 @@ def talk_of(served: Served, body: CountBody, sampling: SamplingParams) -> Talk:
         messages=messages,
         sampling=sampling,
         tools=[tool(t.name, t.description, t.input_schema) for t in body.tools or ()],
+        strict=frozenset(t.name for t in body.tools or () if t.strict),
         tool_choice="required" if choice.type == "any" else choice.name or choice.type,
         parallel_calls=not choice.disable_parallel_tool_use,
         variables=variables,

@@ -14,12 +14,16 @@ from earnest.errors import EarnestError
 from earnest.serve import (
     anthropic_messages,
     ollama,
+    ollama_embed,
     ollama_models,
     openai_chat,
     openai_completions,
+    openai_embeddings,
     openai_responses,
+    page,
     plain,
 )
+from earnest.serve.description import describe
 from earnest.serve.http import ApiError, Gate, api_error, error_response
 from earnest.serve.state import Served
 
@@ -32,10 +36,11 @@ def create_app(served: Served) -> FastAPI:
     """
     app = FastAPI(title="Earnest", version=version("earnest"), redoc_url=None)
     for part in (
-        *(openai_chat, openai_completions, openai_responses, anthropic_messages),
-        *(ollama, ollama_models, plain),
+        *(openai_chat, openai_completions, openai_responses, openai_embeddings),
+        *(anthropic_messages, ollama, ollama_models, ollama_embed, plain),
     ):
         app.include_router(part.router(served))
+    app.include_router(page.router())
 
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
@@ -47,12 +52,14 @@ def create_app(served: Served) -> FastAPI:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
-        return error_response(request, _invalid(error))
+        return error_response(request, _invalid(request.url.path, error))
 
     @app.exception_handler(HTTPException)
     async def plainly(request: Request, error: HTTPException) -> Response:
-        return error_response(request, ApiError(error.status_code, str(error.detail)))
+        found = ApiError(error.status_code, str(error.detail))
+        return error_response(request, found, error.headers)
 
+    describe(app)
     app.add_middleware(Gate, served=served)
     if served.origins:  # outermost, so that pages can read refusals, too
         app.add_middleware(
@@ -64,8 +71,12 @@ def create_app(served: Served) -> FastAPI:
     return app
 
 
-def _invalid(error: RequestValidationError) -> ApiError:
-    """The first few things that are wrong with a body, each by name."""
+def _invalid(path: str, error: RequestValidationError) -> ApiError:
+    """The first few things that are wrong with a body, each by name.
+
+    400, as OpenAI, Anthropic and Ollama answer; on paths of our own 422 for JSON that is none of
+    what was asked for (docs/serve.md).
+    """
     problems = []
     first = None
     for found in error.errors()[:5]:
@@ -75,4 +86,6 @@ def _invalid(error: RequestValidationError) -> ApiError:
             problems.append(f"{name:.100}: this parameter is not supported")
         else:
             problems.append(f"{name:.100}: {found['msg']:.200}")
-    return ApiError(422, "; ".join(problems), param=first)
+    broken = any(found["type"] == "json_invalid" for found in error.errors())
+    status = 400 if broken or path.startswith(("/v1/", "/api/")) else 422
+    return ApiError(status, "; ".join(problems), param=first)

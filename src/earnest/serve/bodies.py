@@ -22,9 +22,9 @@ _EFFORT = {
 
 
 class Strict(BaseModel):
-    """A body that has no other fields."""
+    """A body that has no other fields, and nothing in them but what they say: no "7" for 7."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 def check_model(served: Served, name: str | None) -> None:

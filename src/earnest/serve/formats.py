@@ -105,22 +105,48 @@ def calls_schema(
 ) -> dict[str, Any]:
     """A JSON schema of what stands in a `<tool_call>` block when calling one of `tools`, or several
     where the form has them in one block."""
-    each = [
-        {
-            "type": "object",
-            "properties": {
-                "name": {"const": tool["function"]["name"]},
-                "arguments": tool["function"].get("parameters") or {"type": "object"},
-            },
-            "required": ["name", "arguments"],
-            "additionalProperties": False,
-        }
-        for tool in tools
-    ]
+    defined: dict[str, Any] = {}
+    each = []
+    for number, tool in enumerate(tools):
+        arguments: Any = {"type": "object"}
+        if parameters := tool["function"].get("parameters"):
+            # A tool's own references start at its own root, which is moved here.
+            arguments = {"$ref": f"#/$defs/{number}"}
+            defined[str(number)] = _moved(parameters, arguments["$ref"])
+        each.append(
+            {
+                "type": "object",
+                "properties": {
+                    "name": {"const": tool["function"]["name"]},
+                    "arguments": arguments,
+                },
+                "required": ["name", "arguments"],
+                "additionalProperties": False,
+            }
+        )
     one: dict[str, Any] = each[0] if len(each) == 1 else {"anyOf": each}
-    if form.takes_tools:
-        return one
-    return {"type": "array", "items": one, "minItems": 1, "maxItems": _MOST_CALLS if several else 1}
+    if not form.takes_tools:
+        most = _MOST_CALLS if several else 1
+        one = {"type": "array", "items": one, "minItems": 1, "maxItems": most}
+    return {**one, "$defs": defined} if defined else one
+
+
+def _moved(schema: Any, root: str) -> Any:
+    """A schema whose root is elsewhere now; without recursion, since it is a stranger's."""
+    top: list[Any] = [schema]
+    todo: list[tuple[Any, Any]] = [(top, 0)]
+    while todo:
+        place, key = todo.pop()
+        value = place[key]
+        if isinstance(value, Mapping):
+            place[key] = value = dict(value)
+            todo += [(value, name) for name in value]
+        elif isinstance(value, list):
+            place[key] = value = list(value)
+            todo += [(value, index) for index in range(len(value))]
+        elif key == "$ref" and isinstance(value, str) and value.startswith("#"):
+            place[key] = root + value[1:]
+    return top[0]
 
 
 class OutputParser:

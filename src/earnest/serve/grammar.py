@@ -52,10 +52,7 @@ class Grammars:
             raise GrammarError("a JSON schema must be an object", got=type(schema).__name__)
         if isinstance(schema, bool):
             schema = {} if schema else {"not": {}}
-        _check_nesting(schema)
-        text = json.dumps({**schema, "x-guidance": _COMPACT})
-        _check_size(text)
-        return self._made(LLMatcher.grammar_from_json_schema, text)
+        return self._made(LLMatcher.grammar_from_json_schema, _schema_text(schema))
 
     def regex(self, pattern: str) -> str:
         """Text that a regular expression (of Rust's syntax) matches as a whole."""
@@ -81,14 +78,17 @@ class Grammars:
 
     def calls(self, schema: Mapping[str, Any], *, several: bool) -> str:
         """Nothing but blocks of tool calls, whose inside follows `schema`."""
-        _check_nesting(schema)
-        text = json.dumps({**schema, "x-guidance": _COMPACT})
-        _check_size(text)
         repeated = "+" if several else ""
         return self.lark(
             f"start: call{repeated}\n"
             'call: "<tool_call>" /\\n?/ inside /\\n?/ "</tool_call>" /\\n?/\n'
-            f"inside: %json {text}\n"
+            f"inside: %json {_schema_text(schema)}\n"
+        )
+
+    def call(self, schema: Mapping[str, Any]) -> str:
+        """What stands in a block of tool calls, its end included."""
+        return self.lark(
+            f'start: /\\n?/ inside /\\n?/ "</tool_call>"\ninside: %json {_schema_text(schema)}\n'
         )
 
     def spelled(self, text: str) -> list[int]:
@@ -206,6 +206,13 @@ class _State(Constraint):
 
     def accept(self, token_id: int) -> None:
         self._matcher.consume_token(token_id)
+
+
+def _schema_text(schema: Mapping[str, Any]) -> str:
+    _check_nesting(schema)
+    text = json.dumps({**schema, "x-guidance": _COMPACT})
+    _check_size(text)
+    return text
 
 
 def _check_size(text: str) -> None:

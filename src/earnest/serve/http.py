@@ -6,8 +6,8 @@ import asyncio
 import hashlib
 import hmac
 import json
-import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 from contextlib import aclosing
 from ipaddress import ip_address
 from typing import Any, TypeVar
@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from earnest.errors import (
@@ -28,13 +28,16 @@ from earnest.errors import (
     UserError,
 )
 from earnest.log import logger
+from earnest.serve.journal import Record, begin, current, request_id
 from earnest.serve.state import Served
+from earnest.serve.traces import TRACE_HEADERS
 
 T = TypeVar("T")
 
 # Seconds of silence after which a stream says that it is still there.
 _KEEP_ALIVE = 15.0
 _DISCONNECT_POLL = 0.25
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 _STATUS: tuple[tuple[type[EarnestError], int], ...] = (
     (BusyError, 429),
@@ -45,14 +48,13 @@ _STATUS: tuple[tuple[type[EarnestError], int], ...] = (
     (TemplateError, 400),
 )
 _KINDS = {
-    400: "invalid_request_error",
     401: "authentication_error",
     403: "permission_error",
     404: "not_found_error",
     413: "request_too_large",
-    422: "invalid_request_error",
     429: "rate_limit_error",
     503: "overloaded_error",
+    504: "timeout_error",
 }
 
 
@@ -78,9 +80,14 @@ def api_error(error: EarnestError) -> ApiError:
     return ApiError(status, str(error))
 
 
+def _kind(error: ApiError) -> str:
+    other = "invalid_request_error" if error.status < 500 else "api_error"
+    return _KINDS.get(error.status, other)
+
+
 def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, Any]:
     """An error in the words of the interface that `path` belongs to."""
-    kind = _KINDS.get(error.status, "api_error")
+    kind = _kind(error)
     if path.startswith("/v1/messages"):
         body = {"type": "error", "error": {"type": kind, "message": error.message}}
         return body | {"request_id": request_id}
@@ -90,9 +97,14 @@ def error_body(path: str, error: ApiError, request_id: str = "") -> dict[str, An
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": code}}
 
 
-def error_response(request: Request, error: ApiError) -> Response:
+def error_response(
+    request: Request, error: ApiError, headers: Mapping[str, str] | None = None
+) -> Response:
     """The error, and how to come again."""
-    headers = {"retry-after": "1"} if error.status in (429, 503) else {}
+    record, headers = current(), dict(headers or {})
+    record.error, record.param = _kind(error), error.param
+    if error.status in (429, 503):
+        headers["retry-after"] = "1"
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     request_id = request.scope.get("request_id", "")
@@ -105,7 +117,7 @@ def error_response(request: Request, error: ApiError) -> Response:
 
 def sse(data: object, event: str | None = None) -> bytes:
     """One server-sent event."""
-    text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    text = data if isinstance(data, str) else _JSON.encode(data)
     head = f"event: {event}\n" if event else ""
     return f"{head}data: {text}\n\n".encode()
 
@@ -127,38 +139,75 @@ async def event_stream(
     except EarnestError as error:
         raise api_error(error) from error
 
-    async def body() -> AsyncIterator[bytes]:
-        async with aclosing(source):
-            yield first
+    return _Stream(request, first, source, media_type, ping, wrap_error)
+
+
+class _Stream(Response):
+    """Pieces as they come. One task sends them, without another for each; one more waits for the
+    client to go away, and one for silence."""
+
+    def __init__(
+        self,
+        request: Request,
+        first: bytes,
+        source: AsyncGenerator[bytes, None],
+        media_type: str,
+        ping: bytes,
+        wrap_error: Callable[[dict[str, Any]], bytes],
+    ) -> None:
+        self.status_code, self.media_type, self.background = 200, media_type, None
+        self.init_headers({"cache-control": "no-cache", "x-accel-buffering": "no"})
+        self._path, self._first, self._source = request.url.path, first, source
+        self._ping, self._wrap_error = ping, wrap_error
+        self._silent = True
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        sending = asyncio.ensure_future(self._send(send))
+        others = [asyncio.ensure_future(_gone(receive))]
+        if self._ping:
+            others.append(asyncio.ensure_future(self._say_so(send, sending)))
+        try:
+            await asyncio.wait({sending, others[0]}, return_when=asyncio.FIRST_COMPLETED)
+            if sending.done():
+                sending.result()
+        finally:
+            for task in (sending, *others):
+                task.cancel()
+            await asyncio.gather(sending, *others, return_exceptions=True)
+
+    async def _send(self, send: Send) -> None:
+        start = {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
+        await send(start)
+        async with aclosing(self._source):
+            await send(_body(self._first))
             try:
-                async for piece in _with_pings(source, ping):
-                    yield piece
+                async for piece in self._source:
+                    await send(_body(piece))
+                    self._silent = False
             except (EarnestError, ApiError) as error:
                 found = error if isinstance(error, ApiError) else api_error(error)
-                yield wrap_error(error_body(request.url.path, found))
+                record = current()
+                record.error, record.status = _kind(found), found.status
+                await send(_body(self._wrap_error(error_body(self._path, found))))
+        self._ping = b""
+        await send(_body(b"", more=False))
 
-    headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
-    return StreamingResponse(body(), media_type=media_type, headers=headers)
-
-
-async def _with_pings(source: AsyncGenerator[bytes, None], ping: bytes) -> AsyncIterator[bytes]:
-    following = asyncio.ensure_future(anext(source))
-    try:
+    async def _say_so(self, send: Send, sending: asyncio.Future[None]) -> None:
         while True:
-            done, _ = await asyncio.wait({following}, timeout=_KEEP_ALIVE if ping else None)
-            if not done:
-                yield ping
-                continue
-            try:
-                piece = following.result()
-            except StopAsyncIteration:
-                return
-            yield piece
-            following = asyncio.ensure_future(anext(source))
-    finally:
-        if not following.done():
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
+            self._silent = True
+            await asyncio.sleep(_KEEP_ALIVE)
+            if self._silent and self._ping and not sending.done():
+                await send(_body(self._ping))
+
+
+def _body(piece: bytes, *, more: bool = True) -> Message:
+    return {"type": "http.response.body", "body": piece, "more_body": more}
+
+
+async def _gone(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
 
 
 async def until_gone(request: Request, work: Awaitable[T]) -> T:
@@ -181,6 +230,8 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
 
 # What can be asked without a key: whether the server is there, and the page that asks for the key.
 _OPEN = ("/", "/health", "/ready", "/favicon.ico")
+# Where the scripts and styles of that page are.
+PAGE_PARTS = "/web/"
 
 
 class Gate:
@@ -202,47 +253,70 @@ class Gate:
             await self._app(scope, receive, send)
             return
         headers = {key.lower(): value for key, value in scope["headers"]}
-        given = headers.get(b"x-request-id", b"").decode("latin-1")[:128]
-        scope["request_id"] = given if given.isprintable() and given else secrets.token_hex(16)
-        request = Request(scope)
-        problem = self._problem(scope, headers)
-        if problem is not None:
-            await error_response(request, problem)(scope, receive, send)
-            return
+        record = _record(scope, headers)
+        scope["request_id"] = record.id
+        begin(record)
+        name = record.id.encode()
+        own = [(b"x-request-id", name)]
+        if record.path.startswith("/v1/messages"):
+            own.append((b"request-id", name))  # as Anthropic's clients know it
 
         async def named(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message = {
-                    **message,
-                    "headers": [
-                        *message.get("headers", []),
-                        (b"x-request-id", scope["request_id"].encode("latin-1", "replace")),
-                    ],
-                }
+                record.status = message["status"]
+                message = {**message, "headers": [*message.get("headers", []), *own]}
             await send(message)
+            if message["type"] == "http.response.body":
+                record.complete = not message.get("more_body", False)
+
+        try:
+            await self._answer(scope, headers, receive, named)
+        except Exception as error:
+            record.error = type(error).__name__
+            if record.status:  # all that is left is to cut the connection, which uvicorn does
+                raise
+            logger.exception("a request failed in a way that nobody foresaw")
+            failed = ApiError(500, f"the server failed; its log tells more, under {record.id}")
+            await error_response(Request(scope), failed)(scope, receive, named)
+        finally:
+            record.write()
+            if self._served.traces is not None:
+                self._served.traces.ended(record, time.monotonic())
+
+    async def _answer(
+        self, scope: Scope, headers: dict[bytes, bytes], receive: Receive, send: Send
+    ) -> None:
+        problem = self._problem(scope, headers)
+        if problem is not None:
+            await error_response(Request(scope), problem)(scope, receive, send)
+            return
 
         # Unless told otherwise, curl calls every body a form, and few examples tell it. Here all
         # are JSON; web pages, which must not be able to post forms, were dealt with above.
         kept = [(key, value) for key, value in scope["headers"] if key.lower() != b"content-type"]
         scope = {**scope, "headers": [*kept, (b"content-type", b"application/json")]}
         limits = self._served.limits
-        await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), named)
+        if self._keys:
+            current().tenant = _hashed(key_of(headers))[:16]
+        await self._app(scope, _Bounded(receive, limits.body_bytes, limits.body_seconds), send)
 
     def _problem(self, scope: Scope, headers: dict[bytes, bytes]) -> ApiError | None:
         limit = self._served.limits.body_bytes
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return _too_large(limit)
+        path = scope["path"]
+        if path.startswith(PAGE_PARTS):  # browsers fetch scripts with an origin, even their own
+            return None
         origin = headers.get(b"origin", b"").decode("latin-1")
         if origin and not self._may_call(origin, headers.get(b"host", b"").decode("latin-1")):
             return ApiError(403, f"pages of {origin:.200} may not call this server; see --cors")
-        if not self._keys or scope["path"] in _OPEN or scope["method"] == "OPTIONS":
+        if not self._keys or path in _OPEN or scope["method"] == "OPTIONS":
             return None
-        bearer = headers.get(b"authorization", b"")
-        key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
         # All are compared, each in constant time: neither which key nor how much of it was right
         # shows in how long it takes.
-        known = [hmac.compare_digest(_hashed(key.decode("latin-1").strip()), k) for k in self._keys]
+        key = _hashed(key_of(headers))
+        known = [hmac.compare_digest(key, k) for k in self._keys]
         if any(known):
             return None
         return ApiError(401, "the API key is missing or wrong: send Authorization: Bearer KEY")
@@ -263,6 +337,21 @@ class Gate:
         except ValueError:  # a name, or nothing at all
             return name == "localhost"
         return address.is_loopback or page.netloc == host
+
+
+def _record(scope: Scope, headers: dict[bytes, bytes]) -> Record:
+    client = scope.get("client")
+    return Record(
+        request_id(headers.get(b"x-request-id", b"").decode("latin-1")),
+        method=scope["method"],
+        path=scope["path"],
+        client=client[0] if client else "unix",
+        trace={
+            name: headers[name.encode()].decode("latin-1")
+            for name in TRACE_HEADERS
+            if name.encode() in headers
+        },
+    )
 
 
 class _Bounded:
@@ -292,6 +381,13 @@ class _Bounded:
 
 def _too_large(limit: int) -> ApiError:
     return ApiError(413, f"the request is too large: at most {limit:,} bytes are taken")
+
+
+def key_of(headers: Mapping[bytes, bytes]) -> str:
+    """The API key that a request shows; "": none. Names of headers are in lower case."""
+    bearer = headers.get(b"authorization", b"")
+    key = bearer[7:] if bearer[:7].lower() == b"bearer " else headers.get(b"x-api-key", b"")
+    return key.decode("latin-1").strip()
 
 
 def _hashed(key: str) -> bytes:

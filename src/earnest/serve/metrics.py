@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client.core import (
+    CounterMetricFamily,
+    GaugeMetricFamily,
+    HistogramMetricFamily,
+    Metric,
+)
 from prometheus_client.registry import Collector
 
+from earnest.engine import TokenEvent
 from earnest.engine.service import Load
 
 _SECONDS = (
@@ -33,16 +41,17 @@ class Metrics:
         self._registry, self._model = CollectorRegistry(), model
         self._registry.register(_Engine(model, load, num_blocks, block_size))
 
-        def histogram(name: str, text: str) -> Histogram:
-            found = Histogram(
-                f"vllm:{name}", text, ["model_name"], buckets=_SECONDS, registry=self._registry
-            )
-            return found.labels(model)
+        def histogram(name: str, text: str) -> _Histogram:
+            found = _Histogram(f"vllm:{name}", text, model)
+            self._registry.register(found)
+            return found
 
         self._first = histogram("time_to_first_token_seconds", "From arrival to the first token")
         self._between = histogram("inter_token_latency_seconds", "Between two tokens")
         self._whole = histogram("e2e_request_latency_seconds", "From arrival to the last token")
         self._decode = histogram("request_decode_time_seconds", "From the first token to the last")
+        self._queue = histogram("request_queue_time_seconds", "From arrival to the first KV block")
+        self._prefill = histogram("request_prefill_time_seconds", "From there to the first token")
         self._success = Counter(
             "vllm:request_success",
             "Answers that came to an end, by reason",
@@ -58,11 +67,12 @@ class Metrics:
         """What `/metrics` answers."""
         return generate_latest(self._registry)
 
-    def _token(self, watch: Stopwatch, reason: str | None) -> None:
+    def _token(self, watch: Stopwatch, event: TokenEvent, reason: str | None) -> float:
         now = time.monotonic()
         if watch.first is None:
             watch.first = now
             self._first.observe(now - watch.begun)
+            self._admitted(watch, event, now)
         else:
             self._between.observe(now - watch.last)
         watch.last = now
@@ -70,6 +80,19 @@ class Metrics:
             self._whole.observe(now - watch.begun)
             self._decode.observe(now - watch.first)
             self._success.labels(self._model, reason).inc()
+        return now
+
+    def _read(self, watch: Stopwatch, event: TokenEvent) -> float:
+        now = time.monotonic()
+        self._admitted(watch, event, now)
+        self._whole.observe(now - watch.begun)
+        self._success.labels(self._model, "stop").inc()
+        return now
+
+    def _admitted(self, watch: Stopwatch, event: TokenEvent, now: float) -> None:
+        if event.admitted_at is not None:
+            self._queue.observe(max(0.0, event.admitted_at - watch.begun))
+            self._prefill.observe(now - event.admitted_at)
 
 
 @dataclass
@@ -81,9 +104,33 @@ class Stopwatch:
     first: float | None = None
     last: float = 0.0
 
-    def token(self, reason: str | None) -> None:
-        """A token came; with a reason it is the last."""
-        self.metrics._token(self, reason)
+    def token(self, event: TokenEvent, reason: str | None) -> float:
+        """A token came; with a reason it is the last. Returns `time.monotonic()`."""
+        return self.metrics._token(self, event, reason)
+
+    def read(self, event: TokenEvent) -> float:
+        """A prompt was read, and nothing is to be written. Returns `time.monotonic()`."""
+        return self.metrics._read(self, event)
+
+
+class _Histogram(Collector):
+    """Counts times; prometheus_client's own takes a lock twice for each, which tokens feel."""
+
+    def __init__(self, name: str, text: str, model: str) -> None:
+        self._name, self._text, self._model = name, text, model
+        self._counts, self._sum = [0] * (len(_SECONDS) + 1), 0.0
+
+    def observe(self, seconds: float) -> None:
+        """Called on one thread only."""
+        self._counts[bisect_left(_SECONDS, seconds)] += 1
+        self._sum += seconds
+
+    def collect(self) -> Iterator[Metric]:
+        found = HistogramMetricFamily(self._name, self._text, labels=["model_name"])
+        bounds = [*map(str, _SECONDS), "+Inf"]
+        buckets = list(zip(bounds, accumulate(self._counts), strict=True))
+        found.add_metric([self._model], buckets, self._sum)
+        yield found
 
 
 class _Engine(Collector):
@@ -112,12 +159,21 @@ class _Engine(Collector):
             ("prefix_cache_queries", "Tokens of prompts looked up", counters.prompt_tokens),
             ("prefix_cache_hits", "Tokens of prompts found", counters.cached_tokens),
             ("num_preemptions", "Answers put off for want of KV blocks", counters.preemptions),
+            ("spec_decode_num_drafts", "Times that tokens were guessed", counters.drafts),
             ("spec_decode_num_draft_tokens", "Tokens guessed", counters.drafted_tokens),
             ("spec_decode_num_accepted_tokens", "Guesses right", counters.accepted_tokens),
         ):
             family = CounterMetricFamily(f"vllm:{name}", text, labels=["model_name"])
             family.add_metric([self._model], float(count))
             yield family
+        at = CounterMetricFamily(
+            "vllm:spec_decode_num_accepted_tokens_per_pos",
+            "Guesses right, by their place in the draft",
+            labels=["model_name", "position"],
+        )
+        for place, right in enumerate(list(counters.accepted_at)):
+            at.add_metric([self._model, str(place)], float(right))
+        yield at
         info = GaugeMetricFamily(
             "vllm:cache_config_info", "The KV cache", labels=["block_size", "num_gpu_blocks"]
         )

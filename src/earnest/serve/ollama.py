@@ -32,7 +32,7 @@ from earnest.serve.bodies import (
     turn,
 )
 from earnest.serve.http import ApiError, event_stream, until_gone
-from earnest.serve.openai_chat import Tool
+from earnest.serve.openai_chat import Tool, tools_of
 from earnest.serve.openai_common import chat_logprobs
 from earnest.serve.state import Served
 
@@ -148,7 +148,7 @@ def _chat_talk(served: Served, body: ChatBody) -> Talk:
         served,
         body,
         [_turn(message) for message in body.messages],
-        [tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        body.tools or [],
     )
 
 
@@ -170,7 +170,7 @@ def _generate_ask(served: Served, body: GenerateBody) -> Ask:
 
 
 def _talk(
-    served: Served, body: OllamaBody, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    served: Served, body: OllamaBody, messages: list[dict[str, Any]], tools: list[Tool]
 ) -> Talk:
     if isinstance(body.think, str):
         effort: str | None = body.think
@@ -179,7 +179,8 @@ def _talk(
     return Talk(
         messages=messages,
         sampling=_sampling(served, body),
-        tools=tools,
+        tools=tools_of(tools),
+        strict=frozenset(tool.function.name for tool in tools if tool.function.strict),
         variables=thinking_variables(effort),
         grammar=_grammar(served, body),
         thinking_tokens=thinking_tokens(effort),

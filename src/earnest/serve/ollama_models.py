@@ -1,4 +1,4 @@
-"""`/api/tags`, `/api/show` and `/api/version`: what Ollama's interface says of models."""
+"""What Ollama's interface says of models: `/api/tags`, `/api/ps`, `/api/show`, `/api/version`."""
 
 from __future__ import annotations
 
@@ -48,6 +48,14 @@ def router(served: Served) -> APIRouter:
         """The one model there is."""
         found = await run_in_threadpool(facts)
         return {"models": [_tag(served, found)]}
+
+    @api.get("/api/ps", tags=["Ollama"])
+    async def running() -> dict[str, Any]:
+        """The same model, which is always loaded."""
+        card = _tag(served, await run_in_threadpool(facts))
+        del card["modified_at"]
+        always = {"expires_at": "9999-12-31T23:59:59Z", "size_vram": 0}
+        return {"models": [card | always | {"context_length": served.model.max_context}]}
 
     @api.post("/api/show", tags=["Ollama"])
     async def show(body: ShowBody) -> dict[str, Any]:

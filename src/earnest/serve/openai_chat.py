@@ -175,7 +175,8 @@ def talk_of(served: Served, body: ChatBody) -> Talk:
             served, body, max_tokens=_most(body), logprobs=count, prompt_logprobs=None
         ),
         count=body.n,
-        tools=[tool.model_dump(exclude_none=True) for tool in body.tools or ()],
+        tools=tools_of(body.tools),
+        strict=frozenset(tool.function.name for tool in body.tools or () if tool.function.strict),
         tool_choice=choice if isinstance(choice, str) else choice.function.name,
         parallel_calls=body.parallel_tool_calls,
         variables=variables,
@@ -185,6 +186,12 @@ def talk_of(served: Served, body: ChatBody) -> Talk:
         salt=salt_of(body),
         priority=body.priority,
     )
+
+
+def tools_of(tools: Sequence[Tool] | None) -> list[dict[str, Any]]:
+    """Descriptions as templates take them. That one is strict is not the model's business."""
+    without = {"function": {"strict"}}
+    return [tool.model_dump(exclude_none=True, exclude=without) for tool in tools or ()]
 
 
 def _most(body: ChatBody) -> int | None:

@@ -193,6 +193,7 @@ class ResponsesBody(Strict):
     priority: int = 0
     # Of no consequence here: they name the caller, or ask for what is done anyway.
     metadata: dict[str, str] | None = None
+    client_metadata: dict[str, Any] | None = None  # Codex's
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -235,6 +236,7 @@ def talk_of(served: Served, body: ResponsesBody) -> Talk:
             max_tokens=body.max_output_tokens,
         ),
         tools=[tool(t.name, t.description, t.parameters) for t in body.tools or ()],
+        strict=frozenset(t.name for t in body.tools or () if t.strict),
         tool_choice=choice if isinstance(choice, str) else choice.name,
         parallel_calls=body.parallel_tool_calls is not False,
         variables=thinking_variables(effort),

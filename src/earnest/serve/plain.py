@@ -16,6 +16,8 @@ from earnest.serve.openai_chat import ChatMessage, message_of
 from earnest.serve.openai_common import token_text
 from earnest.serve.state import Served
 
+_SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token")
+
 
 class TokenizeBody(Strict):
     """A text, or a conversation."""
@@ -74,6 +76,18 @@ def router(served: Served) -> APIRouter:
         """The model of a name."""
         check_model(served, name)
         return _card(served)
+
+    @api.get("/tokenizer_info", tags=["tokens"])
+    async def tokenizer_info() -> dict[str, Any]:
+        """Special tokens and the chat template: what a client needs that makes prompts itself."""
+        tokenizer = served.model.tokenizer
+        template = tokenizer.chat_template
+        return {
+            **{name: tokenizer.special_tokens.get(name) for name in _SPECIAL},
+            "vocab_size": tokenizer.vocab_size,
+            "model_max_length": served.model.max_context,
+            "chat_template": None if template is None else template.source,
+        }
 
     @api.post("/tokenize", tags=["tokens"])
     async def tokenize(body: TokenizeBody, request: Request) -> Response:

@@ -7,6 +7,7 @@ import errno
 import signal
 import socket
 import ssl
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,10 +18,12 @@ import uvicorn
 from earnest.errors import AccessError, MachineError, UserError
 from earnest.log import logger
 from earnest.serve.app import create_app
+from earnest.serve.connection import connection_of
 from earnest.serve.state import Served
 
 # Seconds that answers under way have to come to their end once the server is told to stop.
 DRAIN_SECONDS = 30.0
+_SWITCH_SECONDS = 0.0005
 
 
 @dataclass(frozen=True)
@@ -60,12 +63,13 @@ def listen(address: Address) -> socket.socket:
     if address.unix_socket is not None:
         return _listen_unix(address.unix_socket)
     try:
-        family, kind, _, _, target = socket.getaddrinfo(
+        family, kind, protocol, _, target = socket.getaddrinfo(
             address.host, address.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
     except (OSError, UnicodeError, OverflowError) as error:
         raise UserError(f"{address.host!r} port {address.port} is no address: {error}") from error
-    found = socket.socket(family, kind)
+    # With its protocol named: only then does asyncio send small pieces without waiting for more.
+    found = socket.socket(family, kind, protocol)
     found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         found.bind(target)
@@ -119,7 +123,16 @@ def serve(
         address: the same; for TLS.
         ready: called when requests are taken.
     """
-    config = uvicorn.Config(
+    # The engine's thread comes back from a step to find this one at work: by default it would wait
+    # for 5 ms, half a step of a small model.
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    server = uvicorn.Server(config_of(served, address))
+    asyncio.run(_serve(server, served, listener, drain_seconds, ready))
+
+
+def config_of(served: Served, address: Address) -> uvicorn.Config:
+    """How the application is put on the wire."""
+    return uvicorn.Config(
         create_app(served),
         log_config=None,
         access_log=False,
@@ -127,11 +140,11 @@ def serve(
         ssl_certfile=address.certificate,
         ssl_keyfile=address.key,
         timeout_keep_alive=75,
-        http="h11",  # which bounds the size of headers
-        h11_max_incomplete_event_size=2**16,
+        http=connection_of(served.limits),
+        h11_max_incomplete_event_size=served.limits.head_bytes,
         server_header=False,
+        ws="none",
     )
-    asyncio.run(_serve(uvicorn.Server(config), served, listener, drain_seconds, ready))
 
 
 async def _serve(
@@ -165,3 +178,5 @@ async def _serve(
             await loop.run_in_executor(None, service.close, 0.0)
     server.should_exit = True
     await task
+    if served.traces is not None:
+        await loop.run_in_executor(None, served.traces.close)

@@ -5,15 +5,21 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
 from earnest.engine import SamplingParams, sampling_defaults
 from earnest.engine.defaults import end_of_text_ids
 from earnest.engine.language_model import LanguageModel
 from earnest.engine.service import Service
-from earnest.errors import TokenizerError
+from earnest.errors import TokenizerError, UserError
+from earnest.files import read_bytes
 from earnest.serve.grammar import Grammars
 from earnest.serve.metrics import Metrics
+from earnest.serve.strict_calls import Overruns
+from earnest.serve.traces import Traces
 from earnest.tokenizer import Tokenizer
+
+_MAX_KEYS_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -21,16 +27,22 @@ class Limits:
     """What a request may ask for.
 
     Attributes:
+        head_bytes: size of a request's line and headers.
+        head_seconds: time in which they must have arrived.
         body_bytes: size of a request's body.
         body_seconds: time in which it must have arrived.
+        unread_seconds: time that a client may leave an answer unread.
         request_seconds: time for an answer; None: as long as it takes.
         waiting: answers that may wait before more are refused.
         answers: answers to one prompt (`n`), and prompts in one request.
         logprobs: likeliest tokens that may be listed.
     """
 
+    head_bytes: int = 2**16
+    head_seconds: float = 20.0
     body_bytes: int = 16 * 2**20
     body_seconds: float = 30.0
+    unread_seconds: float = 60.0
     request_seconds: float | None = None
     waiting: int = 1024
     answers: int = 128
@@ -47,6 +59,7 @@ class Served:
         api_keys: any of which lets a client in; none: everybody may.
         limits: what a request may ask for.
         origins: of web pages that browsers may call the server from.
+        traces: told of every request that has ended; None: nobody is.
     """
 
     model: LanguageModel
@@ -54,6 +67,7 @@ class Served:
     api_keys: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
     origins: tuple[str, ...] = ()
+    traces: Traces | None = None
     created: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -97,3 +111,26 @@ class Served:
         tokenizer = self.model.tokenizer
         known = min(self.model.config.vocab_size, tokenizer.vocab_size)
         return [tokenizer.token_bytes(i) for i in range(known)]
+
+    @cached_property
+    def overruns(self) -> Overruns:
+        """Tokens that would begin a call of a tool unseen."""
+        return Overruns(self.pieces, self.model.config.vocab_size)
+
+
+def keys_in(path: Path | None) -> tuple[str, ...]:
+    """The keys of a file, one on each line; none where there is no file.
+
+    Raises:
+        UserError: it holds no text, or no keys.
+    """
+    if path is None:
+        return ()
+    try:
+        text = read_bytes(path, _MAX_KEYS_BYTES).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} holds no text", expected="a key on each line") from error
+    keys = tuple(line.strip() for line in text.splitlines() if line.strip())
+    if not keys:
+        raise UserError(f"{path} holds no keys", expected="one on each line")
+    return keys

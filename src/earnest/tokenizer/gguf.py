@@ -14,6 +14,7 @@ import numpy as np
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models
 
+from earnest.config.values import brief
 from earnest.errors import TokenizerError
 from earnest.log import logger
 from earnest.tokenizer import byte_level
@@ -152,7 +153,7 @@ def _names(metadata: Mapping[str, Any], tokens: list[str]) -> dict[str, str]:
             if token_id is None:
                 continue
             if not isinstance(token_id, int) or not 0 <= token_id < len(tokens):
-                logger.warning("GGUF: %s%s is no token: %r; ignored", PREFIX, key, token_id)
+                logger.warning("GGUF: %s%s is no token: %s; ignored", PREFIX, key, brief(token_id))
                 continue
             names[name] = tokens[token_id]
     return names

@@ -172,7 +172,12 @@ class NativeRunner:
         self.cache: Bytes = np.zeros(self.kv_bytes, np.uint8)
         self._model.use(np.empty(scratch + 64, np.uint8), self.cache)
 
-    def step(self, batch: Batch, routing: list[Routing] | None = None) -> Float32:
+    def step(
+        self,
+        batch: Batch,
+        routing: list[Routing] | None = None,
+        hidden: Float32 | None = None,
+    ) -> Float32:
         """Run the batch, store its keys and values, return logits float32 `[R, vocab_size]`.
 
         Ctrl-C ends it between two layers; what the batch has stored by then is incomplete.
@@ -181,12 +186,16 @@ class NativeRunner:
             batch: the new tokens; every position below a token's own must have been stored by an
                 earlier step or by this one.
             routing: a list that receives one `Routing` per MoE layer, in order; None to skip.
+            hidden: float32 `[H, hidden_size]`, which receives the last layer's output, after the
+                final norm, of the `hidden_rows`; None if there are none.
 
         Raises:
             PromptError: a token id is outside the vocabulary, or a position outside the context.
             UserError: the batch contradicts itself or the KV blocks; nothing has been stored.
         """
-        check_batch(batch, self.config, self.block_size, self.num_blocks)
+        check_batch(batch, self.config, self.block_size, self.num_blocks, hidden)
+        if hidden is None:
+            hidden = np.empty((0, self.config.hidden_size), np.float32)
         T, R = len(batch.tokens), len(batch.logits_rows)
         cos_TF, sin_TF = rotations(batch.positions, self._inverse_F)
         logits_RV = np.empty((R, self.config.vocab_size), np.float32)
@@ -200,9 +209,11 @@ class NativeRunner:
             np.ascontiguousarray(batch.sequence_starts, np.int32),
             np.ascontiguousarray(batch.block_tables, np.int32),
             np.ascontiguousarray(batch.logits_rows, np.int32),
+            np.ascontiguousarray(batch.hidden_rows, np.int32),
             cos_TF,
             sin_TF,
             logits_RV,
+            hidden,
             experts,
             weights,
         )

@@ -238,11 +238,14 @@ class Model:
     num_layers: int
     arithmetic: Arithmetic = field(default_factory=Arithmetic)
 
-    def logits(self, batch: Batch, cache: KVCache, routing: list[Routing] | None = None) -> Float32:
-        """Run a valid batch, store its keys and values, return logits float32 `[R, V]`."""
+    def run(
+        self, batch: Batch, cache: KVCache, routing: list[Routing] | None = None
+    ) -> tuple[Float32, Float32]:
+        """Run a valid batch, store its keys and values, return logits float32 `[R, V]` and the
+        hidden states that were asked for, float32 `[H, D]`."""
         for x_TD in self.hidden_states(batch, cache, routing):
             last_TD = x_TD
-        return self.head(last_TD[batch.logits_rows])
+        return self.head(last_TD[batch.logits_rows]), self.normed(last_TD[batch.hidden_rows])
 
     def hidden_states(
         self, batch: Batch, cache: KVCache, routing: list[Routing] | None = None
@@ -264,10 +267,14 @@ class Model:
                 x_TD = x_TD + self.swiglu(f"{prefix}.mlp", normed_TD)
             yield x_TD
 
+    def normed(self, x_RD: Float32) -> Float32:
+        """Final norm, float32 `[R, D]`."""
+        norm_D = self.weights.vector("model.norm.weight")
+        return rms_norm(x_RD, norm_D, self.config.rms_norm_eps)
+
     def head(self, x_RD: Float32) -> Float32:
         """Final norm and output projection, float32 `[R, V]`; tied models reuse the embeddings."""
-        norm_D = self.weights.vector("model.norm.weight")
-        x_RD = rms_norm(x_RD, norm_D, self.config.rms_norm_eps)
+        x_RD = self.normed(x_RD)
         tied = self.config.tie_word_embeddings
         logits_RV = self.weights.matmul(
             x_RD, "model.embed_tokens.weight" if tied else "lm_head.weight"

@@ -83,26 +83,33 @@ class ReferenceRunner:
         weights = Weights(_used_tensors(checkpoint.tensors, layers), min(budget, free))
         self.model = Model(config, weights, layers, arithmetic or Arithmetic())
 
-    def step(self, batch: Batch, routing: list[Routing] | None = None) -> Float32:
+    def step(
+        self,
+        batch: Batch,
+        routing: list[Routing] | None = None,
+        hidden: Float32 | None = None,
+    ) -> Float32:
         """Run the batch, store its keys and values, return logits float32 `[R, vocab_size]`.
 
         Args:
             batch: the new tokens; every position below a token's own must have been stored by an
                 earlier step or by this one.
             routing: a list that receives one `Routing` per MoE layer, in order; None to skip.
+            hidden: float32 `[H, hidden_size]`, which receives the last layer's output, after the
+                final norm, of the `hidden_rows`; None if there are none.
 
         Raises:
             PromptError: a token id is outside the vocabulary, or a position outside the context.
             UserError: the batch contradicts itself or the KV blocks; nothing has been stored.
         """
-        check_batch(batch, self.config, self.block_size, self.num_blocks)
-        if len(batch.tokens) <= PIECE_TOKENS:
-            return self.model.logits(batch, self.cache, routing)
+        check_batch(batch, self.config, self.block_size, self.num_blocks, hidden)
         logits_RV = np.empty((len(batch.logits_rows), self.config.vocab_size), np.float32)
         parts: list[list[Routing]] = []
-        for wanted_R, piece in _pieces(batch, PIECE_TOKENS):
+        for wanted_R, wanted_H, piece in _pieces(batch, PIECE_TOKENS):
             parts.append([])
-            logits_RV[wanted_R] = self.model.logits(piece, self.cache, parts[-1])
+            logits_RV[wanted_R], found_HD = self.model.run(piece, self.cache, parts[-1])
+            if hidden is not None:
+                hidden[wanted_H] = found_HD
         if routing is not None:
             for layers in zip(*parts, strict=True):
                 experts = np.concatenate([part.experts for part in layers])
@@ -140,20 +147,28 @@ def _used_tensors(tensors: Mapping[str, LazyTensor], num_layers: int) -> dict[st
     return {name: tensor for name, tensor in tensors.items() if is_used(name)}
 
 
-def _pieces(batch: Batch, size: int) -> Iterator[tuple[npt.NDArray[np.int64], Batch]]:
-    """Cut a batch into batches of at most `size` tokens, each with the places that its logits have
-    among those asked for. A sequence that is cut continues in the next piece."""
-    rows = batch.logits_rows
+def _pieces(
+    batch: Batch, size: int
+) -> Iterator[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], Batch]]:
+    """Cut a batch into batches of at most `size` tokens, each with the places that its logits and
+    its hidden states have among those asked for. A sequence that is cut continues in the next
+    piece."""
+
+    def within(rows: npt.NDArray[np.int32]) -> npt.NDArray[np.int64]:
+        return np.nonzero((rows >= start) & (rows < stop))[0]
+
     for start in range(0, len(batch.tokens), size):
         stop = min(start + size, len(batch.tokens))
-        wanted_R = np.nonzero((rows >= start) & (rows < stop))[0]
+        wanted_R, wanted_H = within(batch.logits_rows), within(batch.hidden_rows)
         yield (
             wanted_R,
+            wanted_H,
             Batch(
                 tokens=batch.tokens[start:stop],
                 positions=batch.positions[start:stop],
                 sequence_starts=np.clip(batch.sequence_starts, start, stop) - np.int32(start),
                 block_tables=batch.block_tables,
-                logits_rows=rows[wanted_R] - np.int32(start),
+                logits_rows=batch.logits_rows[wanted_R] - np.int32(start),
+                hidden_rows=batch.hidden_rows[wanted_H] - np.int32(start),
             ),
         )
