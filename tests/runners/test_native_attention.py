@@ -232,7 +232,7 @@ def test_integers_are_as_good_as_their_values(
         num_attention_heads=heads[0], num_key_value_heads=heads[1], head_dim=head_dim,
     )  # fmt: skip
     checkpoint = checkpoint_of(config, weights_of(config))
-    reference, runner, stored = filled(config, checkpoint, 1216, 32, kv="int8", tier=tier)
+    reference, runner, _ = filled(config, checkpoint, 1216, 32, kv="int8", tier=tier)
     cache = reference.cache
 
     def rounded(x: np.ndarray) -> np.ndarray:
