@@ -20,6 +20,7 @@ VERBS = {
     "run": "Ask a model, or chat with it on a terminal.",
     "serve": "Serve a model over HTTP, as OpenAI, Anthropic and Ollama do.",
     "deploy": "Serve a model with several engines on a Ray cluster.",
+    "top": "Watch a running server on the terminal: load, tokens per second, waiting times.",
     "inspect": "Show what a checkpoint (or a preset) holds: config, parts, types, sizes.",
     "verify": "Check a checkpoint's integrity, its plausibility, and its exactness.",
     "diff": "List which tensors of two checkpoints differ, and by how much.",

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
 
-from prometheus_client import CollectorRegistry, Counter, generate_latest
+from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
@@ -39,6 +39,7 @@ class Metrics:
         self, model: str, load: Callable[[], Load], *, num_blocks: int, block_size: int
     ) -> None:
         self._registry, self._model = CollectorRegistry(), model
+        ProcessCollector(registry=self._registry)  # memory and processor time, where Linux tells
         self._registry.register(_Engine(model, load, num_blocks, block_size))
 
         def histogram(name: str, text: str) -> _Histogram:
