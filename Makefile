@@ -1,7 +1,7 @@
 # `make check` is what every change must pass; `make format` mends what can be mended by machine.
 PYTHON ?= python3
 
-.PHONY: check format lint types layers spelling test test-quick bench
+.PHONY: check format lint types layers spelling test test-quick emulate sanitize bench
 
 check: lint types layers spelling test
 
@@ -23,6 +23,14 @@ test:
 
 test-quick:
 	$(PYTHON) -m pytest -m "not slow"
+
+# Tiers of the kernels that this machine cannot execute (minutes).
+emulate:
+	native/emulate/run.sh
+
+# The native tests under sanitizers (minutes).
+sanitize:
+	PYTHON=$(PYTHON) tools/sanitize.sh
 
 format:
 	$(PYTHON) -m ruff format .

@@ -7,6 +7,7 @@
 
 #include <chrono>
 #include <cstdlib>
+#include <ctime>
 #include <stdexcept>
 
 #include "bind/model.h"
@@ -162,7 +163,7 @@ double integerRate(ThreadPool& pool, const std::string& tier, uint64_t rounds) {
 
 // Every worker adds to a shared total before and after `barriers` barriers and checks it: a pool
 // that lost or reordered anything would show it.
-uint64_t stressPool(ThreadPool& pool, int barriers) {
+uint64_t stressPool(ThreadPool& pool, int barriers, bool crew) {
   const nb::gil_scoped_release release;
   std::vector<uint64_t> slots(pool.workers(), 0);
   std::atomic<uint64_t> wrong{0};
@@ -174,7 +175,27 @@ uint64_t stressPool(ThreadPool& pool, int barriers) {
       pool.barrier();
     }
   };
-  pool.run(body);
+  crew ? pool.runCrew(body) : pool.run(body);
+  return wrong;
+}
+
+// The same with `milliseconds` of a processor's time before each of a few barriers, for as many
+// workers as an adaptive pool takes.
+uint64_t busyCrew(ThreadPool& pool, int milliseconds) {
+  const nb::gil_scoped_release release;
+  std::vector<uint64_t> slots(pool.workers(), 0);
+  std::atomic<uint64_t> wrong{0};
+  auto body = [&](int ith, int nth) {
+    for (uint64_t i = 1; i <= 3; ++i) {
+      const std::clock_t begun = std::clock();  // of the whole process
+      while (std::clock() - begun < milliseconds * (CLOCKS_PER_SEC / 1000)) ++slots[ith];
+      slots[ith] = i;
+      pool.barrier();
+      if (slots[(ith + 1) % nth] != i) ++wrong;
+      pool.barrier();
+    }
+  };
+  pool.runCrew(body);
   return wrong;
 }
 
@@ -191,8 +212,13 @@ NB_MODULE(_native, module) {
     return out;
   });
   nb::class_<ThreadPool>(module, "ThreadPool")
-      .def(nb::init<int>(), nb::arg("workers"))
-      .def_prop_ro("workers", &ThreadPool::workers);
+      .def(nb::init<int, bool>(), nb::arg("workers"), nb::arg("adaptive") = false)
+      .def_prop_ro("workers", &ThreadPool::workers)
+      .def_prop_ro("active", &ThreadPool::active);
+  nb::class_<Crew>(module, "Crew")  // for its tests
+      .def(nb::init<int>(), nb::arg("most"))
+      .def("size", &Crew::size, nb::arg("now"))
+      .def("ran", &Crew::ran, nb::arg("now"), nb::arg("wall"), nb::arg("lost"));
   module.def("quantize", &quantizeRows, nb::arg("tier"), nb::arg("x").noconvert(),
              nb::arg("planes"), nb::arg("values").noconvert(), nb::arg("blocks").noconvert());
   module.def("matmul", &panelMatmul, nb::arg("pool"), nb::arg("tier"), nb::arg("codec"),
@@ -201,7 +227,9 @@ NB_MODULE(_native, module) {
   module.def("read_rate", &readRate, nb::arg("pool"), nb::arg("tier"), nb::arg("data").noconvert(),
              nb::arg("streams"));
   module.def("integer_rate", &integerRate, nb::arg("pool"), nb::arg("tier"), nb::arg("rounds"));
-  module.def("stress_pool", &stressPool, nb::arg("pool"), nb::arg("barriers"));
+  module.def("busy_crew", &busyCrew, nb::arg("pool"), nb::arg("milliseconds"));
+  module.def("stress_pool", &stressPool, nb::arg("pool"), nb::arg("barriers"),
+             nb::arg("crew") = false);
 }
 
 }  // namespace

@@ -109,8 +109,9 @@ int main() {
   checkHalves(table, checked, wrong);
   for (int codec = 0; codec < kCodecs; ++codec)
     for (int planes = 1; planes <= 2; ++planes)
-      for (const int64_t tokens : {1, 2, 3, 5, 7, 8, 17, 33, 40})
-        for (const int64_t columns : {256, 768}) {
+      for (const int64_t tokens : {1, 2, 3, 4, 5, 6, 7, 8, 9, 11, 17, 40, 64})
+        for (const int64_t columns : {256, 768, 1280}) {
+          if (columns == 1280 && tokens != 5 && tokens != 17) continue;
           const int64_t rows = 53;
           const auto panels = randomPanels(codec, (rows + 15) / 16, panelBytes(codec, columns));
           std::vector<float> x(tokens * columns);

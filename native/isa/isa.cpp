@@ -104,35 +104,56 @@ Features detect() {
 
 #endif
 
+struct Tier {
+  const KernelTable* table;
+  bool usable;
+};
+
+// Of this build, lowest first. Test builds leave some out (CMakeLists.txt, EARNEST_TIERS).
+std::vector<Tier> tiers() {
+#if EARNEST_X86 || EARNEST_ARM
+  [[maybe_unused]] const Features have = detect();
+#endif
+  return {
+      {&kGeneric, true},
+#if EARNEST_X86 && !EARNEST_WITHOUT_avx2
+      {&kAvx2, have.avx2},
+#endif
+#if EARNEST_X86 && !EARNEST_WITHOUT_avxvnni
+      {&kAvxVnni, have.avxvnni},
+#endif
+#if EARNEST_X86 && !EARNEST_WITHOUT_avx512vnni
+      {&kAvx512Vnni, have.avx512vnni},
+#endif
+#if EARNEST_X86 && !EARNEST_WITHOUT_amx
+      {&kAmx, have.amx},
+#endif
+#if EARNEST_ARM && !EARNEST_WITHOUT_neon_dotprod
+      {&kNeonDotprod, have.dotprod},
+#endif
+#if EARNEST_ARM && !EARNEST_WITHOUT_i8mm
+      {&kI8mm, have.i8mm},
+#endif
+  };
+}
+
 }  // namespace
 
 const std::vector<const KernelTable*>& compiledTiers() {
-#if EARNEST_X86
-  static const std::vector<const KernelTable*> all = {&kGeneric, &kAvx2, &kAvxVnni, &kAvx512Vnni,
-                                                      &kAmx};
-#elif EARNEST_ARM
-  static const std::vector<const KernelTable*> all = {&kGeneric, &kNeonDotprod, &kI8mm};
-#else
-  static const std::vector<const KernelTable*> all = {&kGeneric};
-#endif
+  static const std::vector<const KernelTable*> all = [] {
+    std::vector<const KernelTable*> tables;
+    for (const Tier& tier : tiers()) tables.push_back(tier.table);
+    return tables;
+  }();
   return all;
 }
 
 const std::vector<const KernelTable*>& availableTiers() {
   static const std::vector<const KernelTable*> usable = [] {
-    std::vector<const KernelTable*> found = {&kGeneric};
-#if EARNEST_X86
-    const Features have = detect();
-    if (have.avx2) found.push_back(&kAvx2);
-    if (have.avxvnni) found.push_back(&kAvxVnni);
-    if (have.avx512vnni) found.push_back(&kAvx512Vnni);
-    if (have.amx) found.push_back(&kAmx);
-#elif EARNEST_ARM
-    const Features have = detect();
-    if (have.dotprod) found.push_back(&kNeonDotprod);
-    if (have.i8mm) found.push_back(&kI8mm);
-#endif
-    return found;
+    std::vector<const KernelTable*> tables;
+    for (const Tier& tier : tiers())
+      if (tier.usable) tables.push_back(tier.table);
+    return tables;
   }();
   return usable;
 }

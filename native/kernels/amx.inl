@@ -1,12 +1,12 @@
-// Matrix products of many tokens with AMX tiles: 16 tokens x 16 rows x 32 columns at a time, from
-// the same panels, the same integers and the same order of float32 operations as matmul.inl, so
-// that prefill equals decode bit for bit.
+// Matrix products of many tokens with AMX tiles: 16 (or the last 8) tokens x 16 rows x 32 columns
+// at a time, from the same panels, the same integers and the same order of float32 operations as
+// matmul.inl, so that prefill equals decode bit for bit.
 //
 // The tokens of a call are staged once (16 together: integers, scales), each panel is expanded once
-// to signed bytes. A block's 16 x 16 exact sums leave the tile for the 16 float accumulators, which
-// stay in registers: per 8192 products 16 cycles of the tile unit and about 24 of the vector units
-// (convert, multiply, fma for 16 rows), which is what bounds this kernel: a scale per 32 columns
-// keeps it below half of the tiles' own peak. Never executed on hardware; see docs/isa.md.
+// to signed bytes. A block's exact sums leave the tile for the float accumulators, which stay in
+// registers: for 8192 products of one plane 16 cycles of the tile unit (a scale per 32 columns leaves
+// half of a tile's depth empty) and about 24 of the vector units (convert, multiply, fma for 16
+// rows), which bound this kernel. Never executed on hardware; see docs/isa.md.
 #pragma once
 
 #include "kernels/panel_codecs.inl"
@@ -18,8 +18,8 @@ extern const KernelTable kAvx512Vnni;  // for few tokens, and for f16 and f32
 
 namespace {
 
-// From this many tokens on; below, a tile's rows would be mostly empty.
-constexpr int64_t kTileTokens = 8;
+// From this many tokens on: below, a tile of 8 would be mostly empty (not measured).
+constexpr int64_t kTileTokens = 6;
 constexpr int64_t kStagedBytesMax = 2 * 512 + 128;
 
 // 16 tokens x 32 columns: integers [plane][token][32], then scales [token], scaled sums [token].
@@ -52,37 +52,41 @@ void stage(const Activations& x, Staged<P>* out) {
     }
 }
 
-// As `Expanded`, but the weights are q - offset, signed.
+// How a panel is unpacked: q - offset, signed.
 template <class C>
-void expandSigned(const uint8_t* panel, int64_t blocks, uint8_t* out) {
-  using E = Expanded<C>;
-  expand<C>(panel, blocks, out);
-  if constexpr (C::kOffset != 0) {
+struct SignedGroups {
+  static EARNEST_INLINE void store(uint8_t* out, Vec::B even, Vec::B odd) {
     const __m512i offset = _mm512_set1_epi8(static_cast<int8_t>(C::kOffset));
-    for (int64_t b = 0; b < blocks; ++b)
-      for (int g = 0; g < 8; ++g) {
-        uint8_t* p = out + b * E::kBytes + E::kHeadBytes + 64 * g;
-        Vec::storeB(p, _mm512_sub_epi8(Vec::loadB(p), offset));
-      }
+    Vec::storeB(out, _mm512_sub_epi8(even, offset));
+    Vec::storeB(out + 64, _mm512_sub_epi8(odd, offset));
   }
+};
+
+// Tiles: 0-3 sums (two blocks in flight x two planes), 4-5 activations, 6-7 weights.
+void configure(int tokens, int parts) {
+  TileConfig config;
+  for (int i = 0; i < 4; ++i) config.rows[i] = tokens, config.columns[i] = 64;
+  for (int i = 4; i < 6; ++i) config.rows[i] = tokens, config.columns[i] = 32 / parts;
+  for (int i = 6; i < 8; ++i) config.rows[i] = 8 / parts, config.columns[i] = 64;
+  tileConfigure(config);
 }
 
-// One panel x 16 tokens. Tiles: 0-3 sums (two blocks in flight x two planes), 4-5 activations,
-// 6-7 weights.
-template <class C, int P>
+// One panel x T tokens, 16 or 8. What codecs differ in once they are unpacked: kParts scales per 32
+// columns, and minima if kMin.
+template <int kParts, bool kMin, int P, int T>
 __attribute__((noinline)) void tilePanel(const uint8_t* w, const Staged<P>* x, int64_t blocks,
                                          __m512* result) {
-  using E = Expanded<C>;
-  constexpr int kColumns = 32 / C::kParts;
-  alignas(64) int32_t sums[2][C::kParts][P][16][16];
-  __m512 acc[16];
-  for (int t = 0; t < 16; ++t) acc[t] = _mm512_setzero_ps();
+  constexpr int kColumns = 32 / kParts;
+  constexpr int kHeadBytes = 64 * (kParts + (kMin ? 1 : 0)), kBytes = kHeadBytes + 512;
+  alignas(64) int32_t sums[2][kParts][P][T][16];
+  __m512 acc[T];
+  for (int t = 0; t < T; ++t) acc[t] = _mm512_setzero_ps();
 
   auto multiply = [&](auto slot, int64_t b) EARNEST_INLINE_LAMBDA {
-    const uint8_t* weights = w + b * E::kBytes + E::kHeadBytes;
-    unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
+    const uint8_t* weights = w + b * kBytes + kHeadBytes;
+    unroll<0, kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
       constexpr int kWeights = 6 + slot.value;
-      tileLoad<kWeights>(weights + 512 / C::kParts * part.value, 64);
+      tileLoad<kWeights>(weights + 512 / kParts * part.value, 64);
       unroll<0, P>([&](auto p) EARNEST_INLINE_LAMBDA {
         constexpr int kSums = 2 * slot.value + p.value, kValues = 4 + slot.value;
         tileZero<kSums>();
@@ -93,11 +97,10 @@ __attribute__((noinline)) void tilePanel(const uint8_t* w, const Staged<P>* x, i
     });
   };
   auto accumulate = [&](auto slot, int64_t b) EARNEST_INLINE_LAMBDA {
-    typename E::Head head;
-    head.load(w + b * E::kBytes);
-    unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
-      const __m512 scale = head.scale(0, part.value);
-      unroll<0, 16>([&](auto t) EARNEST_INLINE_LAMBDA {
+    const float* head = reinterpret_cast<const float*>(w + b * kBytes);
+    unroll<0, kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
+      const __m512 scale = Vec::load(head + 16 * part.value);
+      unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
         const auto& sum = sums[slot.value][part.value];
         __m512i total = _mm512_load_si512(sum[0][t.value]);
         if constexpr (P == 2)
@@ -106,9 +109,9 @@ __attribute__((noinline)) void tilePanel(const uint8_t* w, const Staged<P>* x, i
         acc[t.value] = Vec::fma(Vec::toFloat(total), both, acc[t.value]);
       });
     });
-    if constexpr (C::kMin) {
-      const __m512 minimum = head.minimum(0);
-      unroll<0, 16>([&](auto t) EARNEST_INLINE_LAMBDA {
+    if constexpr (kMin) {
+      const __m512 minimum = Vec::load(head + 16 * kParts);
+      unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
         acc[t.value] = Vec::fma(minimum, Vec::set1(x[b].scaled_sum[t.value]), acc[t.value]);
       });
     }
@@ -125,7 +128,7 @@ __attribute__((noinline)) void tilePanel(const uint8_t* w, const Staged<P>* x, i
     multiply(Index<0>{}, b);
     accumulate(Index<0>{}, b);
   }
-  for (int t = 0; t < 16; ++t) result[t] = acc[t];
+  for (int t = 0; t < T; ++t) result[t] = acc[t];
 }
 
 EARNEST_INLINE void storeTokens(const Matmul& m, int64_t panel, int64_t begin,
@@ -140,22 +143,30 @@ EARNEST_INLINE void storeTokens(const Matmul& m, int64_t panel, int64_t begin,
 
 template <class C, int P>
 void matmulTiles(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  using E = Expanded<C>;
   const int64_t blocks = m.columns / kBlock;
   uint8_t* expanded = static_cast<uint8_t*>(scratch);
   auto* staged = reinterpret_cast<Staged<P>*>(expanded + blocks * kExpandedBytesMax);
   stage<P>(m.x, staged);
 
-  TileConfig config;
-  for (int i = 0; i < 4; ++i) config.rows[i] = 16, config.columns[i] = 64;
-  for (int i = 4; i < 6; ++i) config.rows[i] = 16, config.columns[i] = 32 / C::kParts;
-  for (int i = 6; i < 8; ++i) config.rows[i] = 8 / C::kParts, config.columns[i] = 64;
-  tileConfigure(config);
+  // The last tokens, when they are 8 or fewer, take a tile of half the height and half the time.
+  const int64_t last = m.x.tokens % 16;
+  const bool small = last >= 1 && last <= 8;
+  const int64_t full = m.x.tokens - (small ? last : 0);
+  bool tall = full > 0;
+  configure(tall ? 16 : 8, C::kParts);
   for (int64_t p = begin; p < end; ++p) {
-    expandSigned<C>(m.panels + p * (blocks / C::kRuns * C::kBytes), blocks, expanded);
-    for (int64_t t = 0; t < m.x.tokens; t += 16) {
-      __m512 result[16];
-      tilePanel<C, P>(expanded, staged + t / 16 * blocks, blocks, result);
+    expand<C, SignedGroups<C>>(m.panels + p * (blocks / C::kRuns * C::kBytes), blocks, expanded);
+    __m512 result[16];
+    if (full > 0 && !tall) configure(16, C::kParts), tall = true;
+    for (int64_t t = 0; t < full; t += 16) {
+      tilePanel<E::kParts, E::kMin, P, 16>(expanded, staged + t / 16 * blocks, blocks, result);
       storeTokens(m, p, t, result);
+    }
+    if (small) {
+      if (tall) configure(8, C::kParts), tall = false;
+      tilePanel<E::kParts, E::kMin, P, 8>(expanded, staged + full / 16 * blocks, blocks, result);
+      storeTokens(m, p, full, result);
     }
   }
   tileRelease();
@@ -195,6 +206,7 @@ void matmulBf16Tiles(const Matmul& m, int64_t begin, int64_t end, void* scratch)
         tileLoad<7>(w1 + b * 1024, 64);
         tileBf16<0, 4, 6>();
         tileBf16<1, 4, 7>();
+        if (h == g) continue;
         tileLoad<5>(x1 + b * 512, 64);
         tileBf16<2, 5, 6>();
         tileBf16<3, 5, 7>();
@@ -206,6 +218,7 @@ void matmulBf16Tiles(const Matmul& m, int64_t begin, int64_t end, void* scratch)
       tileStore<3>(result[3], 64);
       storeTokens(m, p, 16 * g, result[0]);
       storeTokens(m, q, 16 * g, result[1]);
+      if (h == g) continue;
       storeTokens(m, p, 16 * h, result[2]);
       storeTokens(m, q, 16 * h, result[3]);
     }

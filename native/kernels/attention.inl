@@ -66,6 +66,7 @@ EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum)
 }  // namespace earnest
 
 #include "kernels/attention_floats.inl"
+#include "kernels/attention_bytes.inl"
 
 namespace earnest {
 namespace {
@@ -163,13 +164,20 @@ void attendSegment(const Attention& a, int64_t segment, float* states, uint8_t* 
     case kKvF32: return attendSegmentAs<FloatKv<KvF32>>(a, segment, states, scratch);
     case kKvF16: return attendSegmentAs<FloatKv<KvF16>>(a, segment, states, scratch);
     case kKvBf16: return attendSegmentAs<FloatKv<KvBf16>>(a, segment, states, scratch);
+    case kKvInt8: return attendSegmentAs<ByteKv>(a, segment, states, scratch);
     default: return;
   }
 }
 
+template <class Kv>
+int64_t scratchOf(int64_t queries, int64_t channels) {
+  return tilesOf<Kv>(queries) * Kv::packedBytes(channels) + Kv::kWorkBytes;
+}
+
 size_t attendScratchBytes(int64_t queries, int64_t channels) {
-  using Kv = FloatKv<KvF32>;
-  return static_cast<size_t>(tilesOf<Kv>(queries) * Kv::packedBytes(channels) + Kv::kWorkBytes);
+  const int64_t floats = scratchOf<FloatKv<KvF32>>(queries, channels);
+  const int64_t bytes = scratchOf<ByteKv>(queries, channels);
+  return static_cast<size_t>(floats > bytes ? floats : bytes);
 }
 
 void mergeState(float* into, const float* from, int64_t channels) {

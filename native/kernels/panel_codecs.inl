@@ -182,7 +182,15 @@ struct Expanded {
 };
 constexpr int64_t kExpandedBytesMax = 512 + 128;  // per 32 columns of a panel
 
-template <class C>
+// How `expand` writes groups 2j and 2j + 1: one after the other.
+struct GroupsInOrder {
+  static EARNEST_INLINE void store(uint8_t* out, Vec::B even, Vec::B odd) {
+    Vec::storeB(out, even);
+    Vec::storeB(out + 64, odd);
+  }
+};
+
+template <class C, class Order = GroupsInOrder>
 void expand(const uint8_t* panel, int64_t blocks, uint8_t* out) {
   using E = Expanded<C>;
   for (int64_t at = 0; at < blocks; at += C::kRuns, panel += C::kBytes) {
@@ -198,8 +206,7 @@ void expand(const uint8_t* panel, int64_t blocks, uint8_t* out) {
       unroll<0, 4>([&](auto j) EARNEST_INLINE_LAMBDA {
         Vec::B even, odd;
         C::template pair<j.value>(w, even, odd);
-        Vec::storeB(bytes + 128 * j.value, even);
-        Vec::storeB(bytes + 128 * j.value + 64, odd);
+        Order::store(bytes + 128 * j.value, even, odd);
       });
     }
   }

@@ -20,21 +20,28 @@ struct Vec {
   struct B { uint8x16_t v[4]; };
   using A = int8x16_t;
 
-#define EARNEST_FOUR for (int i = 0; i < 4; ++i)
+// Spelled out, not a loop: gcc at -O2 would keep the four in memory and walk them.
+#define EARNEST_FOUR(...)               \
+  do {                                  \
+    { constexpr int i = 0; __VA_ARGS__; } \
+    { constexpr int i = 1; __VA_ARGS__; } \
+    { constexpr int i = 2; __VA_ARGS__; } \
+    { constexpr int i = 3; __VA_ARGS__; } \
+  } while (0)
   static F zero() { return set1(0); }
-  static F set1(float x) { F r; EARNEST_FOUR r.v[i] = vdupq_n_f32(x); return r; }
-  static F load(const float* p) { F r; EARNEST_FOUR r.v[i] = vld1q_f32(p + 4 * i); return r; }
-  static void store(float* p, F x) { EARNEST_FOUR vst1q_f32(p + 4 * i, x.v[i]); }
-  static F add(F x, F y) { EARNEST_FOUR x.v[i] = vaddq_f32(x.v[i], y.v[i]); return x; }
-  static F mul(F x, F y) { EARNEST_FOUR x.v[i] = vmulq_f32(x.v[i], y.v[i]); return x; }
-  static F neg(F x) { EARNEST_FOUR x.v[i] = vnegq_f32(x.v[i]); return x; }
+  static F set1(float x) { F r; EARNEST_FOUR(r.v[i] = vdupq_n_f32(x)); return r; }
+  static F load(const float* p) { F r; EARNEST_FOUR(r.v[i] = vld1q_f32(p + 4 * i)); return r; }
+  static void store(float* p, F x) { EARNEST_FOUR(vst1q_f32(p + 4 * i, x.v[i])); }
+  static F add(F x, F y) { EARNEST_FOUR(x.v[i] = vaddq_f32(x.v[i], y.v[i])); return x; }
+  static F mul(F x, F y) { EARNEST_FOUR(x.v[i] = vmulq_f32(x.v[i], y.v[i])); return x; }
+  static F neg(F x) { EARNEST_FOUR(x.v[i] = vnegq_f32(x.v[i])); return x; }
   static F fma(F x, F y, F z) {
-    EARNEST_FOUR z.v[i] = vfmaq_f32(z.v[i], x.v[i], y.v[i]);
+    EARNEST_FOUR(z.v[i] = vfmaq_f32(z.v[i], x.v[i], y.v[i]));
     return z;
   }
   static F halves(const uint8_t* p) {
     F r;
-    EARNEST_FOUR r.v[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i)));
+    EARNEST_FOUR(r.v[i] = vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p + 8 * i))));
     return r;
   }
   static F fromBytes(const uint8_t* p) {
@@ -50,18 +57,17 @@ struct Vec {
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(y)))}};
   }
   static void bf16Pair(const uint8_t* p, F& even, F& odd) {
-    EARNEST_FOUR {
+    EARNEST_FOUR(
       const uint32x4_t pair = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
       even.v[i] = vreinterpretq_f32_u32(vshlq_n_u32(pair, 16));
-      odd.v[i] = vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000u)));
-    }
+      odd.v[i] = vreinterpretq_f32_u32(vandq_u32(pair, vdupq_n_u32(0xffff0000u))));
   }
 
   static I zeroI() { return set1I(0); }
-  static I set1I(int32_t x) { I r; EARNEST_FOUR r.v[i] = vdupq_n_s32(x); return r; }
-  static I addI(I x, I y) { EARNEST_FOUR x.v[i] = vaddq_s32(x.v[i], y.v[i]); return x; }
-  static I shift7(I x) { EARNEST_FOUR x.v[i] = vshlq_n_s32(x.v[i], 7); return x; }
-  static F toFloat(I x) { F r; EARNEST_FOUR r.v[i] = vcvtq_f32_s32(x.v[i]); return r; }
+  static I set1I(int32_t x) { I r; EARNEST_FOUR(r.v[i] = vdupq_n_s32(x)); return r; }
+  static I addI(I x, I y) { EARNEST_FOUR(x.v[i] = vaddq_s32(x.v[i], y.v[i])); return x; }
+  static I shift7(I x) { EARNEST_FOUR(x.v[i] = vshlq_n_s32(x.v[i], 7)); return x; }
+  static F toFloat(I x) { F r; EARNEST_FOUR(r.v[i] = vcvtq_f32_s32(x.v[i])); return r; }
 
   static A broadcast(const int8_t* p) {
     int32_t four;
@@ -69,27 +75,26 @@ struct Vec {
     return vreinterpretq_s8_s32(vdupq_n_s32(four));
   }
 
-  static B loadB(const uint8_t* p) { B r; EARNEST_FOUR r.v[i] = vld1q_u8(p + 16 * i); return r; }
-  static void storeB(uint8_t* p, B b) { EARNEST_FOUR vst1q_u8(p + 16 * i, b.v[i]); }
+  static B loadB(const uint8_t* p) { B r; EARNEST_FOUR(r.v[i] = vld1q_u8(p + 16 * i)); return r; }
+  static void storeB(uint8_t* p, B b) { EARNEST_FOUR(vst1q_u8(p + 16 * i, b.v[i])); }
   static void hold(B&) {}
   static B lowNibbles(B b) {
-    EARNEST_FOUR b.v[i] = vandq_u8(b.v[i], vdupq_n_u8(15));
+    EARNEST_FOUR(b.v[i] = vandq_u8(b.v[i], vdupq_n_u8(15)));
     return b;
   }
-  static B highNibbles(B b) { EARNEST_FOUR b.v[i] = vshrq_n_u8(b.v[i], 4); return b; }
+  static B highNibbles(B b) { EARNEST_FOUR(b.v[i] = vshrq_n_u8(b.v[i], 4)); return b; }
   static B flipSign(B b) {
-    EARNEST_FOUR b.v[i] = veorq_u8(b.v[i], vdupq_n_u8(0x80));
+    EARNEST_FOUR(b.v[i] = veorq_u8(b.v[i], vdupq_n_u8(0x80)));
     return b;
   }
   template <int kAt, int kWidth>
   static B withHigh(B b, B h) {
     const uint8x16_t mask = vdupq_n_u8(((1 << kWidth) - 1) << 4);
-    EARNEST_FOUR {
+    EARNEST_FOUR(
       uint8x16_t moved = h.v[i];
       if constexpr (kAt < 4) moved = vshlq_n_u8(moved, 4 - kAt);
       if constexpr (kAt > 4) moved = vshrq_n_u8(moved, kAt - 4);
-      b.v[i] = vorrq_u8(b.v[i], vandq_u8(moved, mask));
-    }
+      b.v[i] = vorrq_u8(b.v[i], vandq_u8(moved, mask)));
     return b;
   }
   template <int kAt>
@@ -103,13 +108,13 @@ struct Vec {
     I v = zeroI();
     template <int kGroup>
     void add(B w, A a) {
-      EARNEST_FOUR v.v[i] = vdotq_s32(v.v[i], vreinterpretq_s8_u8(w.v[i]), a);
+      EARNEST_FOUR(v.v[i] = vdotq_s32(v.v[i], vreinterpretq_s8_u8(w.v[i]), a));
     }
     I total() const { return v; }
   };
 
   static void storeHalves(uint8_t* p, F x) {
-    EARNEST_FOUR vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.v[i])));
+    EARNEST_FOUR(vst1_u8(p + 8 * i, vreinterpret_u8_f16(vcvt_f16_f32(x.v[i]))));
   }
 #undef EARNEST_FOUR
 };

@@ -1,7 +1,9 @@
 #include "model/kv.h"
 
 #include <algorithm>
+#include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace earnest {
 namespace {
@@ -15,7 +17,7 @@ uint16_t toBf16(float x) {
 }
 
 // Numbers of the type, one after the other.
-constexpr int64_t kSome = 512;  // channels converted at a time
+constexpr int64_t kSome = kByteChannelsMax;  // channels converted at a time: any 8-bit head
 
 void convert(const StepKernels& kernels, int32_t type, const float* x, int64_t count,
              uint8_t* out) {
@@ -26,33 +28,59 @@ void convert(const StepKernels& kernels, int32_t type, const float* x, int64_t c
   }
 }
 
-// Where channel c of a key lies in its panel, in numbers; and of a value in its row.
-int64_t keyPlace(int32_t type, int64_t c, int64_t lane) {
-  return type == kKvBf16 ? 32 * (c / 2) + 2 * lane + c % 2 : 16 * c + lane;
-}
-int64_t valuePlace(int32_t type, int64_t c) {
-  if (type != kKvBf16) return c;
-  return c / 32 * 32 + (c % 32 < 16 ? 2 * (c % 32) : 2 * (c % 32 - 16) + 1);
+// Integers of a head and their scale: NaN where one is not finite, 0 where all nearly are.
+float toBytes(const float* x, int64_t count, int8_t* out) {
+  float amax = 0;
+  bool finite = true;
+  for (int64_t i = 0; i < count; ++i) {
+    finite = finite && std::isfinite(x[i]);
+    amax = std::max(amax, std::fabs(x[i]));
+  }
+  const bool good = finite && amax >= 0x1p-100f;
+  const float inverse = good ? 127.0f / amax : 0.0f;
+  for (int64_t i = 0; i < count; ++i)
+    out[i] = good ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : int8_t{0};
+  return good ? amax / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
-// Calls place(head, channel, number, bytes of it) for `count` channels from `from`.
-template <class Place>
-void forNumbers(const KvCache& cache, const StepKernels& kernels, int64_t from, int64_t count,
-                const float* x, Place place) {
-  const int64_t number = cache.number();
+// Where channel c of a key or a value of position `lane` lies in the numbers of 16 positions.
+int64_t keyPlace(const KvCache& cache, int64_t c, int64_t lane) {
+  const int64_t together = cache.type == kKvBf16 ? 2 : cache.type == kKvInt8 ? 4 : 1;
+  return 16 * together * (c / together) + together * lane + c % together;
+}
+int64_t valuePlace(const KvCache& cache, int64_t c, int64_t lane) {
+  const int64_t padded = roundUp(cache.channels, 32);
+  if (cache.type == kKvInt8) return lane / 4 * 4 * padded + 4 * c + lane % 4;
+  if (cache.type == kKvBf16)
+    c = c / 32 * 32 + (c % 32 < 16 ? 2 * (c % 32) : 2 * (c % 32 - 16) + 1);
+  return lane * padded + c;
+}
+
+// `count` channels from `from` of all heads into the 16 positions of each head at `panel`.
+template <int64_t place(const KvCache&, int64_t, int64_t)>
+void store(const KvCache& cache, const StepKernels& kernels, uint8_t* panel, int64_t lane,
+           int64_t from, int64_t count, const float* x) {
+  const int64_t number = cache.number(), C = cache.channels;
   uint8_t converted[2 * kSome];
-  for (int64_t done = 0; done < count; done += kSome) {
-    const int64_t some = std::min(kSome, count - done);
-    const uint8_t* source = reinterpret_cast<const uint8_t*>(x + done);
-    if (cache.type != kKvF32) {
+  const uint8_t* source = reinterpret_cast<const uint8_t*>(x);
+  panel += from / C * cache.headBytes();
+  int64_t c = from % C;
+  for (int64_t done = 0; done < count;) {
+    // Up to the end of the head.
+    const int64_t some = std::min({kSome, count - done, C - c});
+    if (cache.type == kKvInt8) {
+      const float scale = toBytes(x + done, some, reinterpret_cast<int8_t*>(converted));
+      std::memcpy(panel + 4 * lane, &scale, 4);
+    } else if (cache.type != kKvF32) {
       convert(kernels, cache.type, x + done, some, converted);
-      source = converted;
     }
-    int64_t head = (from + done) / cache.channels, c = (from + done) % cache.channels;
-    for (int64_t i = 0; i < some; ++i) {
-      place(head, c, source + i * number);
-      if (++c == cache.channels) c = 0, ++head;
-    }
+    if (cache.type != kKvF32) source = converted;
+    uint8_t* numbers = panel + cache.scales();
+    for (int64_t i = 0; i < some; ++i, source += number)
+      std::memcpy(numbers + number * place(cache, c + i, lane), source, number);
+    done += some;
+    c += some;
+    if (c == C) c = 0, panel += cache.headBytes();
   }
 }
 
@@ -60,22 +88,14 @@ void forNumbers(const KvCache& cache, const StepKernels& kernels, int64_t from, 
 
 void KvCache::storeKeys(const StepKernels& kernels, int64_t layer, int64_t at_page, int64_t slot,
                         int64_t from, int64_t count, const float* x) const {
-  uint8_t* keys = data + (layer * pages + at_page) * pageBytes();
-  keys += slot / 16 * 16 * channels * number();
-  const int64_t lane = slot % 16;
-  forNumbers(*this, kernels, from, count, x, [&](int64_t head, int64_t c, const uint8_t* bits) {
-    uint8_t* at = keys + head * headBytes() + number() * keyPlace(type, c, lane);
-    std::memcpy(at, bits, number());
-  });
+  uint8_t* panel = data + (layer * pages + at_page) * pageBytes() + slot / 16 * keyPanel();
+  store<keyPlace>(*this, kernels, panel, slot % 16, from, count, x);
 }
 
 void KvCache::storeValues(const StepKernels& kernels, int64_t layer, int64_t at_page,
                           int64_t slot, int64_t from, int64_t count, const float* x) const {
-  uint8_t* rows = data + (layer * pages + at_page) * pageBytes() + keyBytes();
-  rows += slot * valueRow();
-  forNumbers(*this, kernels, from, count, x, [&](int64_t head, int64_t c, const uint8_t* bits) {
-    std::memcpy(rows + head * headBytes() + number() * valuePlace(type, c), bits, number());
-  });
+  uint8_t* panel = data + (layer * pages + at_page) * pageBytes() + keyBytes();
+  store<valuePlace>(*this, kernels, panel + slot / 16 * valuePanel(), slot % 16, from, count, x);
 }
 
 }  // namespace earnest

@@ -13,10 +13,15 @@ struct KvCache {
   int64_t page = 0;  // positions in one, a multiple of 16
   int64_t kv_heads = 0, channels = 0;
 
-  int64_t number() const { return type == kKvF32 ? 4 : 2; }
-  int64_t keyBytes() const { return page * channels * number(); }
-  int64_t valueRow() const { return roundUp(channels, 32) * number(); }
-  int64_t headBytes() const { return keyBytes() + page * valueRow(); }
+  int64_t number() const { return type == kKvF32 ? 4 : type == kKvInt8 ? 1 : 2; }
+  // Of 16 positions, with their scales.
+  int64_t scales() const { return type == kKvInt8 ? 64 : 0; }
+  int64_t keyPanel() const {
+    return scales() + 16 * number() * (type == kKvInt8 ? roundUp(channels, 4) : channels);
+  }
+  int64_t valuePanel() const { return scales() + 16 * number() * roundUp(channels, 32); }
+  int64_t keyBytes() const { return page / 16 * keyPanel(); }
+  int64_t headBytes() const { return keyBytes() + page / 16 * valuePanel(); }
   int64_t pageBytes() const { return kv_heads * headBytes(); }
   int64_t bytes(int64_t layers) const { return layers * pages * pageBytes(); }
 
@@ -25,6 +30,7 @@ struct KvCache {
             page};
   }
   // `count` channels from `from` of all key heads side by side (of a token at `slot` of a page).
+  // 8-bit ones share a scale per head: whole heads only.
   void storeKeys(const StepKernels& kernels, int64_t layer, int64_t at_page, int64_t slot,
                  int64_t from, int64_t count, const float* x) const;
   void storeValues(const StepKernels& kernels, int64_t layer, int64_t at_page, int64_t slot,

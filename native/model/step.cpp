@@ -89,9 +89,14 @@ Step::Step(const Model& model, const KernelTable& kernels, ThreadPool& pool, con
   scratch_bytes_ = count.used();
 }
 
-Step::~Step() = default;
+Step::~Step() {
+#if defined(__SANITIZE_ADDRESS__)
+  if (scratch_) __asan_unpoison_memory_region(scratch_, scratch_bytes_);
+#endif
+}
 
 void Step::useScratch(uint8_t* memory) {
+  scratch_ = memory;
   Arena arena(memory);
   layout(arena);
 }
@@ -124,7 +129,7 @@ void Step::layout(Arena& arena) {
     w.hidden.take(arena, kAloneTokens, m.hidden, m.planes, forms_);
     w.heads.take(arena, kAloneTokens, m.qSize(), m.planes, forms_);
     w.matmul = arena.take<uint8_t>(matmul);
-    w.first = arena.take<float>(kBandFloats + T * 32);
+    w.first = arena.take<float>(kBandFloats + T * (32 + wholeHeads()));
     w.second = arena.take<float>(kBandFloats + T * 32);
     w.states = arena.take<float>(group);
     w.more_states = arena.take<float>(group);
@@ -162,7 +167,7 @@ int64_t Step::bandPanels(int64_t panels, int64_t tokens) const {
 }
 
 bool Step::run(const StepInput& input) {
-  const std::lock_guard<std::mutex> mine(turn_);
+  const std::lock_guard<ForkMutex> mine(turn_);
   stop_ = false;
   last_check_ = milliseconds();
   std::vector<int32_t> starts(input.sequences + 1), wanted, places, hidden, hidden_places;
@@ -203,7 +208,7 @@ bool Step::run(const StepInput& input) {
     }
     plan(piece);
     auto body = [this](int ith, int nth) { work(ith, nth); };
-    pool_.run(body);
+    pool_.runCrew(body);
     if (stop_) return false;
   }
   return true;
@@ -295,13 +300,16 @@ void Step::attention(Worker& w, int64_t index) {
   const Matrix* const parts[] = {&layer.q, &layer.k, &layer.v};
   const int64_t all = layer.q.panelCount() + layer.k.panelCount() + layer.v.panelCount();
   const int64_t band = bandPanels(all, T);
+  // 8-bit keys and values are stored by whole heads.
+  const int64_t kv_band = cache_.type == kKvInt8 ? roundUp(band, wholeHeads() / kPanelRows) : band;
+  const int64_t bands[] = {band, kv_band, kv_band};
   int64_t ends[3], items = 0;
-  for (int i = 0; i < 3; ++i) ends[i] = items += (parts[i]->panelCount() + band - 1) / band;
+  for (int i = 0; i < 3; ++i) ends[i] = items += (parts[i]->panelCount() + bands[i] - 1) / bands[i];
   share(w, items, [&](int64_t item) {
     const int part = item < ends[0] ? 0 : item < ends[1] ? 1 : 2;
     const Matrix& m = *parts[part];
-    const int64_t begin = (item - (part ? ends[part - 1] : 0)) * band;
-    const int64_t end = std::min(begin + band, m.panelCount());
+    const int64_t begin = (item - (part ? ends[part - 1] : 0)) * bands[part];
+    const int64_t end = std::min(begin + bands[part], m.panelCount());
     const int64_t from = begin * kPanelRows, count = std::min(end * kPanelRows, m.rows) - from;
     float* out = part == 0 ? q_ + from : w.first;
     const int64_t stride = part == 0 ? m.rows : count;

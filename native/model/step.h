@@ -7,8 +7,12 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
-#include <mutex>
+#include <numeric>
 #include <vector>
+
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
 
 #include "core/threadpool.h"
 #include "earnest/step_kernels.h"
@@ -36,7 +40,8 @@ struct StepInput {
   bool (*interrupted)() = nullptr;
 };
 
-// Hands out pieces of one block of memory, or only counts them.
+// Hands out pieces of one block of memory, or only counts them. Under AddressSanitizer forbidden
+// gaps lie between the pieces.
 class Arena {
  public:
   explicit Arena(uint8_t* base) : base_(base) {}
@@ -45,6 +50,10 @@ class Arena {
     used_ = (used_ + 63) / 64 * 64;
     T* at = base_ ? reinterpret_cast<T*>(base_ + used_) : nullptr;
     used_ += static_cast<size_t>(count) * sizeof(T);
+#if defined(__SANITIZE_ADDRESS__)
+    if (base_) __asan_poison_memory_region(base_ + used_, 64);
+    used_ += 64;
+#endif
     return at;
   }
   size_t used() const { return (used_ + 63) / 64 * 64; }
@@ -121,6 +130,10 @@ class Step {
   void multiply(Worker& w, const Matrix& m, const Activations& x, int64_t begin, int64_t end,
                 float* out, int64_t stride) const;
   int64_t bandPanels(int64_t panels, int64_t tokens) const;
+  // Rows of the smallest run of heads that is also one of pairs of panels, for 8-bit keys.
+  int64_t wholeHeads() const {
+    return cache_.type == kKvInt8 ? std::lcm<int64_t>(model_.channels, 2 * kPanelRows) : 0;
+  }
   template <class Body>
   void share(Worker& w, int64_t items, Body body);
   template <class Body>
@@ -137,6 +150,7 @@ class Step {
   std::vector<uint32_t> ffn_forms_;  // of what each layer's feed-forward part reads
   int64_t states_capacity_ = 0;
   size_t scratch_bytes_ = 0;
+  uint8_t* scratch_ = nullptr;
 
   // Scratch of all workers.
   float *x_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *router_ = nullptr, *states_ = nullptr;
@@ -156,7 +170,7 @@ class Step {
   std::vector<int32_t> pages_, slots_;  // of the tokens
   std::atomic<bool> stop_{false};
   int64_t last_check_ = 0;
-  std::mutex turn_;
+  ForkMutex turn_;
 };
 
 }  // namespace earnest

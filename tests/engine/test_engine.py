@@ -316,6 +316,18 @@ def test_a_common_beginning_is_computed_once() -> None:
     machine.blocks.check_idle()
 
 
+@pytest.mark.parametrize("max_tokens", [0, 1, 2])
+def test_the_shortest_answer_leaves_its_whole_prompt_behind(max_tokens: int) -> None:
+    """The last piece of a prompt is of use to others though its request ends with it."""
+    machine = engine(FakeRunner(num_blocks=32, block_size=4), max_batch_tokens=8, max_sequences=2)
+    prompt = tuple(2 + n % 5 for n in range(21))
+    machine.add(Request(prompt, SamplingParams(max_tokens=max_tokens, prompt_logprobs=1)))
+    drive(machine)
+    machine.add(Request(prompt, SamplingParams(max_tokens=1)))
+    drive(machine)
+    assert machine.counters.cached_tokens == 20
+
+
 def test_several_answers_to_one_prompt_share_it() -> None:
     runner = FakeRunner(num_blocks=64, block_size=4)
     machine = engine(runner)

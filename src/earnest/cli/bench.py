@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Unpack
 
 import click
 
 from earnest.cli.opening import opened
+from earnest.cli.runner_options import RunnerOptions, runner_options
 from earnest.cli.terminal import (
     allow_bias_option,
     human_bytes,
@@ -56,14 +57,7 @@ def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -
 )
 @click.option("--prefill", type=click.IntRange(min=0), help="Prompt tokens (default: 512).")
 @click.option("--tokens", type=click.IntRange(min=0), default=32, help="Tokens to decode (32).")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
-@click.option("--lock", is_flag=True, help="Pin the weights in RAM before measuring.")
-@click.option(
-    "--runner",
-    type=click.Choice(["auto", "native", "reference"]),
-    default="auto",
-    help="Compiled kernels (the default where installed), or numpy: exact and slow.",
-)
+@runner_options
 @allow_bias_option
 @json_option
 def command(
@@ -72,11 +66,9 @@ def command(
     batch: list[int],
     prefill: int | None,
     tokens: int,
-    threads: int | None,
-    lock: bool,
-    runner: Literal["auto", "native", "reference"],
     allow_missing_correction_bias: bool,
     as_json: bool,
+    **how: Unpack[RunnerOptions],
 ) -> None:
     """Measure prefill and decoding of MODEL at depths and batch sizes; medians.
 
@@ -93,9 +85,7 @@ def command(
         speed = measure_speed(
             checkpoint,
             what,
-            runner=None if runner == "auto" else runner,
-            threads=threads,
-            lock=lock,
+            **how,
             loading=progress,
             progress=_announce,
         )

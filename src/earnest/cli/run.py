@@ -6,11 +6,12 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import click
 
 from earnest import hub
+from earnest.cli.runner_options import RunnerOptions, runner_options
 from earnest.cli.terminal import (
     allow_bias_option,
     json_option,
@@ -29,9 +30,7 @@ from earnest.engine import (
     load,
     sampling_defaults,
 )
-from earnest.engine.language_model import RunnerName
 from earnest.errors import ChatUnsupportedError, MissingPackageError, NetworkError, UserError
-from earnest.runners.native.runner import DEFAULT_KV, KvType
 
 EPILOG = """\b
 Examples:
@@ -76,24 +75,7 @@ def _sampling_options(command: Any) -> Any:
 @click.option("--stop", multiple=True, help="Stop before this text (may be given repeatedly).")
 @click.option("--ignore-eos", is_flag=True, help="Go on after the end-of-text token.")
 @click.option("--context", type=click.IntRange(min=1), help="Tokens of context to reserve.")
-@click.option(
-    "--runner",
-    type=click.Choice(["auto", "native", "reference"]),
-    default="auto",
-    help="Compiled kernels (the default where installed), or numpy: exact and slow.",
-)
-@click.option("--threads", type=click.IntRange(1, 1024), help="Threads of the native runner.")
-@click.option("--lock", is_flag=True, help="Pin the weights in RAM.")
-@click.option(
-    "--kv",
-    type=click.Choice(get_args(KvType)),
-    help=f"How the native runner keeps keys and values ({DEFAULT_KV}).",
-)
-@click.option(
-    "--activation-bits",
-    type=click.Choice(["8", "15"]),
-    help="How finely the native runner rounds activations (15).",
-)
+@runner_options
 @speculation_option
 @click.option(
     "--timings", is_flag=True, help="Show tokens per second, time to first token and memory."
@@ -110,16 +92,11 @@ def command(
     stop: tuple[str, ...],
     ignore_eos: bool,
     context: int | None,
-    runner: RunnerName,
-    threads: int | None,
-    lock: bool,
-    kv: KvType | None,
-    activation_bits: Literal["8", "15"] | None,
     speculation: Literal["prompt", "off"],
     timings: bool,
     allow_missing_correction_bias: bool,
     as_json: bool,
-    **sampling: Any,
+    **options: Any,
 ) -> None:
     """Ask MODEL (default: smollm2), or chat with it on a terminal when no prompt is given.
 
@@ -130,7 +107,8 @@ def command(
     name, question = _model_and_prompt(model, text, prompt)
     if question is None and not sys.stdin.isatty():
         question = sys.stdin.read().rstrip("\n")
-    given = {key: value for key, value in sampling.items() if value is not None}
+    how = {key: options.pop(key) for key in RunnerOptions.__annotations__}
+    given = {key: value for key, value in options.items() if value is not None}
     # Checked before the model is loaded: a typing error should not cost a download.
     SamplingParams(**given)
 
@@ -138,11 +116,7 @@ def command(
     language_model = _load(
         name,
         max_context=context,
-        runner=runner,
-        threads=threads,
-        lock=lock,
-        kv=kv,
-        activation_bits=activation_bits and int(activation_bits),
+        **how,
         speculation=None if speculation == "off" else speculation,
         allow_missing_correction_bias=allow_missing_correction_bias,
     )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Unpack
 
 import click
 
 from earnest import env
+from earnest.cli.runner_options import RunnerOptions, runner_options
 from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar, speculation_option
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
@@ -47,7 +48,7 @@ Examples:
 @click.option("--tls-certificate", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
-@click.option("--threads", type=click.IntRange(1), help="Threads to compute with.")
+@runner_options
 @speculation_option
 @click.option(
     "--max-waiting",
@@ -96,7 +97,6 @@ def command(
     tls_certificate: Path | None,
     tls_key: Path | None,
     context: int | None,
-    threads: int | None,
     speculation: Literal["prompt", "off"],
     max_waiting: int,
     timeout: float | None,
@@ -105,6 +105,7 @@ def command(
     log_format: Literal["text", "json"],
     otlp_traces_endpoint: str | None,
     allow_missing_correction_bias: bool,
+    **how: Unpack[RunnerOptions],
 ) -> None:
     """Serve MODEL over HTTP, with the interfaces of OpenAI, Anthropic and Ollama.
 
@@ -133,8 +134,8 @@ def command(
             opened = load(
                 model,
                 max_context=context,
-                threads=threads,
                 speculation=None if speculation == "off" else speculation,
+                **how,
                 allow_missing_correction_bias=allow_missing_correction_bias,
                 progress=progress,
                 notice=notice,

@@ -340,10 +340,9 @@ class Engine:
             chosen = sequence.tokens[len(sequence.tokens) - len(events) :]
             self._speculation.came(sequence.id, chosen)
             self._count_guesses(part.drafts, chosen)
+        self._scheduler.computed(sequence, known + len(events) - 1)
         if events[-1].finish_reason is not None:
             self._end(sequence)
-        else:
-            self._scheduler.computed(sequence, known + len(events) - 1)
         return events
 
     def _count_guesses(self, drafts: tuple[int, ...], chosen: list[int]) -> None:

@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from earnest import env, hub
 from earnest.checkpoint import Checkpoint, open_checkpoint
-from earnest.config import Accounting, ErnieConfig
+from earnest.config import ErnieConfig
 from earnest.engine.batch import Slice, blocks_for, make_batch
 from earnest.engine.defaults import end_of_text_ids, sampling_defaults
 from earnest.engine.engine import Engine, check_token_ids
@@ -43,20 +43,13 @@ from earnest.errors import (
 )
 from earnest.log import Progress, logger, silent
 from earnest.runners.base import Float32, Routing, Runner
-from earnest.runners.native import isa
+from earnest.runners.choice import RunnerChoice, RunnerName
 from earnest.runners.native.packing import plan_packing
-from earnest.runners.native.runner import (
-    DEFAULT_KV,
-    KvType,
-    NativeRunner,
-    kv_bytes_per_token,
-)
-from earnest.runners.reference import ReferenceRunner
+from earnest.runners.native.runner import KvType
 from earnest.tokenizer import Tokenizer
 
 Message = Mapping[str, Any]
 Notice = Callable[[str], None]
-RunnerName = Literal["auto", "native", "reference"]
 
 BLOCK_SIZE = 32
 # KV blocks for so many sequences of the full context, if memory allows; shorter ones share them.
@@ -108,7 +101,9 @@ def load(
         MissingPackageError: the native runner was asked for and is not installed.
         UserError: an argument is out of range, there is no such runner, or it has no such option.
     """
-    is_native = _is_native(runner, threads, kv, activation_bits, lock or None)
+    choice = RunnerChoice(
+        runner=runner, threads=threads, kv=kv, activation_bits=activation_bits, lock=lock
+    )
     guessing = speculation_of(speculation)
     # A `Path` is never a built-in name, whatever it is called.
     name = model if isinstance(model, str) else str(model.absolute())
@@ -118,53 +113,30 @@ def load(
         notice(note)
     config = checkpoint.config
     budget = env.memory_budget() if memory_budget is None else memory_budget
-    if is_native:
-        per_token = kv_bytes_per_token(config, DEFAULT_KV if kv is None else kv)
-        room = min(budget // 2, _room_beside_weights(checkpoint))
-    else:
-        per_token, room = Accounting(config).kv_bytes_per_token(4), budget // 2
+    room = budget // 2
+    if choice.native:
+        room = min(room, _room_beside_weights(checkpoint))
+    per_token = choice.kv_bytes_per_token(config)
     context, num_blocks = _plan_context(config, max_context, room, per_token)
     if max_context is None and context < config.max_position_embeddings:
         notice(
             f"the context is {context:,} of {config.max_position_embeddings:,} tokens, "
             "which is what there is memory for; max_context sets another"
         )
-    chosen: Runner
-    if is_native:
-        chosen = NativeRunner(
-            checkpoint,
-            num_blocks=num_blocks,
-            block_size=BLOCK_SIZE,
-            threads=threads,
-            kv=DEFAULT_KV if kv is None else kv,
-            activation_bits=15 if activation_bits is None else activation_bits,
-            lock=lock,
-            progress=progress,
-        )
-    else:
-        chosen = ReferenceRunner(
-            checkpoint, num_blocks=num_blocks, block_size=BLOCK_SIZE, memory_budget=budget
-        )
+    opened = choice.open(
+        checkpoint,
+        num_blocks=num_blocks,
+        block_size=BLOCK_SIZE,
+        memory_budget=budget,
+        progress=progress,
+    )
     return LanguageModel(
         checkpoint,
-        chosen,
+        opened,
         max_context=context,
-        speculation=guessing if is_native else None,
+        speculation=guessing if choice.native else None,
         notice=notice,
     )
-
-
-def _is_native(runner: RunnerName, *options: object) -> bool:
-    """Which runner it will be, and whether it takes the options that were given."""
-    if runner not in ("auto", "native", "reference"):
-        raise UserError("there is no such runner", got=runner, expected="auto, native or reference")
-    if runner == "reference" and any(option is not None for option in options):
-        raise UserError(
-            "threads, kv, activation_bits and lock are options of the native runner",
-            got="runner reference",
-            remedy="leave them out, or use the native runner",
-        )
-    return runner == "native" or (runner == "auto" and not isa.warn_without_kernels())
 
 
 def _room_beside_weights(checkpoint: Checkpoint) -> int:

@@ -21,7 +21,6 @@ from earnest.engine import (
     TokenEvent,
     load,
 )
-from earnest.engine.language_model import RunnerName
 from earnest.engine.many import run_all
 from earnest.errors import (
     MissingPackageError,
@@ -30,6 +29,7 @@ from earnest.errors import (
     TokenizerError,
     UserError,
 )
+from earnest.runners.choice import RunnerName
 from earnest.runners.native.runner import KvType
 from earnest.tokenizer import Tokenizer
 from earnest.tokenizer.template import ChatTemplate

@@ -31,7 +31,7 @@ from earnest.errors import MemoryBudgetError, UserError
 from earnest.log import Progress, silent
 from earnest.measure.machine import Rates, peak_memory
 from earnest.runners.base import Routing
-from earnest.runners.native import isa
+from earnest.runners.choice import RunnerChoice, RunnerName
 from earnest.runners.native import runner as native
 from earnest.runners.native.packing import plan_packing
 from earnest.runners.reference import ReferenceRunner
@@ -189,8 +189,10 @@ def measure_speed(
     checkpoint: Checkpoint,
     what: Plan,
     *,
-    runner: Literal["native", "reference"] | None = None,
+    runner: RunnerName = "auto",
     threads: int | None = None,
+    kv: native.KvType | None = None,
+    activation_bits: Literal[8, 15] | None = None,
     lock: bool = False,
     loading: Progress = silent,
     progress: Progress = silent,
@@ -200,9 +202,7 @@ def measure_speed(
     Args:
         checkpoint: the model.
         what: the rows to measure.
-        runner: by default native where its kernels are installed.
-        threads: threads of the native runner; all usable by default.
-        lock: pin the weights in RAM first; the native runner only.
+        runner, threads, kv, activation_bits, lock: see `RunnerChoice`.
         loading: told how far packing is, in bytes.
         progress: told how many rows are done.
 
@@ -210,29 +210,16 @@ def measure_speed(
         MemoryBudgetError: keys and values, or the weights, have no room.
         MissingPackageError: the native runner was asked for and is not installed.
         MachineError: the weights may not be locked.
-        UserError: not a number of threads, or the reference was to lock its weights.
+        UserError: there is no such runner, or it has no such option.
     """
-    is_native = runner == "native" or (runner is None and not isa.warn_without_kernels())
-    if lock and not is_native:
-        raise UserError(
-            "only the native runner can pin its weights",
-            got="the reference runner",
-            remedy="run without --lock",
-        )
-    _check_room(checkpoint.config, what, 2 if is_native else 4)
+    choice = RunnerChoice(
+        runner=runner, threads=threads, kv=kv, activation_bits=activation_bits, lock=lock
+    )
+    _check_room(what, choice.kv_bytes_per_token(checkpoint.config))
     begun = time.perf_counter()
-    made: BenchRunner
-    if is_native:
-        made = native.NativeRunner(
-            checkpoint,
-            num_blocks=what.num_blocks,
-            block_size=BLOCK_SIZE,
-            threads=threads,
-            lock=lock,
-            progress=loading,
-        )
-    else:
-        made = ReferenceRunner(checkpoint, num_blocks=what.num_blocks, block_size=BLOCK_SIZE)
+    made = choice.open(
+        checkpoint, num_blocks=what.num_blocks, block_size=BLOCK_SIZE, progress=loading
+    )
     bench = _Bench(checkpoint, made, what)
     load_seconds = time.perf_counter() - begun
     first = {n: bench.step(0, 1, n)[0] for n in sorted({1, what.prefill} - {0})}
@@ -247,7 +234,7 @@ def measure_speed(
         )
     progress(len(wanted), len(wanted), "done")
     return Speed(
-        runner="native" if is_native else "reference",
+        runner="native" if choice.native else "reference",
         threads=made.pool.workers if isinstance(made, native.NativeRunner) else None,
         rows=rows,
         load_seconds=load_seconds,
@@ -391,7 +378,18 @@ class _Bench:
 def fill(runner: BenchRunner) -> None:
     """Write random numbers of moderate size (standard deviation 1/4) to all KV blocks."""
     numbers = np.random.default_rng(1).standard_normal(2**20, np.float32) / 4
-    if isinstance(runner, native.NativeRunner):
+    if isinstance(runner, native.NativeRunner) and runner.kv == "int8":
+        _tile(runner.cache.view(np.int8), np.rint(numbers * 160).clip(-127, 127).astype(np.int8))
+        channels = runner.config.head_dim
+        # 16 positions of keys, then of values: their scales first.
+        panels = runner.block_size // 16
+        sizes = [64 + 16 * (-(-channels // m) * m) for m in (4, 32)]
+        heads = runner.cache.reshape(-1, panels * sum(sizes))
+        keys = range(0, panels * sizes[0], sizes[0])
+        values = range(keys.stop, panels * sum(sizes), sizes[1])
+        for at in (*keys, *values):
+            heads[:, at : at + 64] = np.full(16, 1 / 160, np.float32).view(np.uint8)
+    elif isinstance(runner, native.NativeRunner):
         stored: np.ndarray[Any, Any] = numbers
         if runner.kv == "f16":
             stored = numbers.astype(np.float16)
@@ -409,10 +407,9 @@ def _tile(out: np.ndarray[Any, Any], numbers: np.ndarray[Any, Any]) -> None:
         part[:] = numbers[: len(part)]
 
 
-def _check_room(config: ErnieConfig, what: Plan, element_bytes: int) -> None:
+def _check_room(what: Plan, per_token: int) -> None:
     """Keys and values must fit; the runner checks them again beside the weights."""
     free, positions = env.free_memory(), what.num_blocks * BLOCK_SIZE
-    per_token = Accounting(config).kv_bytes_per_token(element_bytes)
     if positions * per_token <= free:
         return
     raise MemoryBudgetError(

@@ -11,7 +11,7 @@ import numpy.typing as npt
 from earnest.codecs.base import Float32
 from earnest.codecs.bits import Bytes
 from earnest.codecs.panel import PANEL_COLUMNS, PANEL_ROWS, panel
-from earnest.errors import UserError
+from earnest.errors import MachineError, UserError
 from earnest.runners.native import isa
 
 ThreadPool = Any
@@ -23,15 +23,27 @@ def usable_threads() -> int:
 
 
 def thread_pool(workers: int | None = None) -> ThreadPool:
-    """A pool of `workers` threads, the caller included; `usable_threads()` by default.
+    """A pool of `workers` threads, the caller included.
+
+    By default one for every processor that this process may use; a step of such a pool leaves some
+    out while other processes hold their processors. A number that was asked for is kept.
 
     Raises:
         UserError: not a number of threads from 1 to 1024.
+        MachineError: the system gives fewer threads.
     """
     count = usable_threads() if workers is None else workers
     if not 1 <= count <= 1024:
         raise UserError("not a number of threads", got=count, expected="from 1 to 1024")
-    return isa.native().ThreadPool(count)
+    try:
+        return isa.native().ThreadPool(count, workers is None)
+    except RuntimeError as error:
+        raise MachineError(
+            "the threads of the native runner cannot be started",
+            got=str(error),
+            expected=f"{count} threads",
+            remedy="ask for fewer, or raise the limits on processes and memory (ulimit -u, -v)",
+        ) from error
 
 
 @cache

@@ -32,9 +32,9 @@ POSITIONS_TOGETHER = 16
 # Packing less takes no longer than starting Python, and is not spoken of.
 _WORTH_PACKING = 2**28
 
-_KV_TYPES = {"f32": 0, "bf16": 1, "f16": 2}
+_KV_TYPES = {"f32": 0, "bf16": 1, "f16": 2, "int8": 3}
 
-KvType = Literal["f16", "bf16", "f32"]
+KvType = Literal["f16", "bf16", "f32", "int8"]
 DEFAULT_KV: KvType = "f16"
 
 
@@ -49,8 +49,11 @@ def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
         raise UserError(
             "there is no such type of keys and values", got=kv, expected=" or ".join(_KV_TYPES)
         )
-    number = 4 if kv == "f32" else 2
-    channels = config.head_dim + -(-config.head_dim // 32) * 32
+    keys, values = config.head_dim, -(-config.head_dim // 32) * 32
+    if kv == "int8":  # and two float32 scales
+        channels, number = -(-keys // 4) * 4 + values + 8, 1
+    else:
+        channels, number = keys + values, 4 if kv == "f32" else 2
     return config.num_hidden_layers * config.num_key_value_heads * channels * number
 
 
@@ -61,12 +64,14 @@ class NativeRunner:
         checkpoint: the model; its matrices are packed into memory as panels.
         num_blocks: KV blocks; memory for them is taken when they are first written.
         block_size: positions per KV block, a multiple of 16.
-        threads: threads to use; all that this process may use by default.
+        threads: threads to use; by default all that this process may use, and fewer while other
+            processes hold their processors.
         memory_budget: bytes that panels packed into memory may take (mapped ones take none); by
             default what is free beside the KV blocks and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
         kv: how keys and values are kept. f16 keeps 11 bits of each (and 65504 of what is larger),
-            bf16 8 bits in the same memory, f32 all in twice as much.
+            bf16 8 bits in the same memory, f32 all in twice as much. int8 gives every key and
+            value of a head a scale and takes half: faster at depth, and not as near.
         activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
             the logits as good as exact; 8 halves the integer products, which prefill feels.
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
