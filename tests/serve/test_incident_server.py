@@ -41,6 +41,9 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/messages/count_tokens": {"messages": HELLO},
     "/api/generate": OLLAMA,
     "/api/chat": OLLAMA_CHAT,
+    "/v1/embeddings": {"input": "Once"},
+    "/api/embed": {"model": "stories", "input": "Once"},
+    "/api/embeddings": {"model": "stories", "prompt": "Once"},
     "/tokenize": {"prompt": "Once"},
     "/detokenize": {"tokens": [5]},
 }
@@ -337,7 +340,7 @@ def test_incident_20_cve_2026_21869_numbers_at_the_edge(server: Server, path: st
     places = [(name, "") for name in numeric_fields(schema, schemas)]
     if path.startswith("/api/"):
         places += [("options", name) for name in numeric_fields(schemas["Options"], schemas)]
-    assert places or path.endswith("count_tokens")
+    assert places or path.endswith(("count_tokens", "embed", "embeddings"))
     for outer, inner in places:
         for number in NUMBERS:
             body = ENDPOINTS[path] | {outer: {"num_predict": 1, inner: "X"} if inner else "X"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -62,6 +63,7 @@ def test_a_socket_file_survives_a_kill(
     third = start_process("--unix-socket", str(path))
     _, problem = third.process.communicate(timeout=60)
     assert third.process.returncode == 4 and "another program" in problem
+    assert "--unix-socket" in problem
     assert again.end(signal.SIGINT) == 0
     assert not path.exists()
 
@@ -117,3 +119,13 @@ def test_all_that_is_told_is_json_on_request(start_process: Callable[..., Proces
     asked = [line["request_id"] for line in lines if line["message"] == "request"]
     assert asked == ["0", "1", "2"]
     assert any("ending" in line["message"] for line in lines)
+
+
+@pytest.mark.skipif(not Path("/proc/self/limits").exists(), reason="limits are read from /proc")
+def test_many_connections_are_possible(start_process: Callable[..., Process]) -> None:
+    most = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+    server = start_process("--port", "0")
+    server.where()
+    limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+    (line,) = (line for line in limits.splitlines() if line.startswith("Max open files"))
+    assert int(line.split()[3]) == min(most, 2**16)

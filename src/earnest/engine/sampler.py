@@ -29,6 +29,7 @@ Ids = npt.NDArray[np.intp]
 _HUGE = 1e300
 # Values of which `largest` first looks at the greatest only.
 _RUN = 64
+_WORD = 2**64 - 1
 _DRAWN_AT_ONCE, _DRAWN_RUN = 4096, 256
 
 
@@ -129,6 +130,8 @@ class Sampler:
         """The logits after bias, penalties, minimum-length masking and grammar, in scratch 0."""
         params, x_V = self._params, _scratch(0, len(logits_V))
         x_V[:] = logits_V
+        if self._is_plain() and allowed_V is None:
+            return x_V
         with np.errstate(over="ignore"):
             if len(self._bias_ids):
                 x_V[self._bias_ids] = _held(x_V[self._bias_ids] + self._bias)
@@ -154,11 +157,13 @@ class Sampler:
         if params.temperature == 0:
             return int(np.argmax(x_V))  # the first of equals: the lowest id
         # Subtracting the maximum before dividing keeps the smallest temperatures from overflowing.
-        weights_V = _scratch(1, len(x_V))
-        with np.errstate(over="ignore"):
-            np.subtract(x_V, x_V.max(), out=weights_V)
+        weights_V = np.subtract(x_V, x_V.max(), out=_scratch(1, len(x_V)))
+        if params.temperature < 1:
+            with np.errstate(over="ignore"):
+                np.divide(weights_V, params.temperature, out=weights_V)
+        elif params.temperature > 1:
             np.divide(weights_V, params.temperature, out=weights_V)
-            np.exp(weights_V, out=weights_V)
+        np.exp(weights_V, out=weights_V)
         kept: Ids | None = None  # best first; None: the whole vocabulary
         if 0 < params.top_k < len(weights_V):
             kept = largest(x_V, params.top_k)
@@ -236,8 +241,15 @@ def uniform(seed: int, position: int) -> float:
     The upper 53 bits of the first word of Philox 4x64-10 (Salmon et al. 2011) with the key
     `(seed, 0)` and the counter `(position + 1, 0, 0, 0)`.
     """
-    raw = np.random.Philox(key=seed, counter=position).random_raw()
-    return (int(raw) >> 11) * 2.0**-53
+    # Ten rounds of whole numbers: quicker than making a generator of numpy's for one word.
+    x0, x1, x2, x3 = position + 1, 0, 0, 0
+    key0, key1 = seed, 0
+    for _ in range(10):
+        high0, high2 = 0xD2E7470EE14C6C93 * x0, 0xCA5A826395121157 * x2
+        x0, x1 = (high2 >> 64) ^ x1 ^ key0, high2 & _WORD
+        x2, x3 = (high0 >> 64) ^ x3 ^ key1, high0 & _WORD
+        key0, key1 = (key0 + 0x9E3779B97F4A7C15) & _WORD, (key1 + 0xBB67AE8584CAA73B) & _WORD
+    return (x0 >> 11) * 2.0**-53
 
 
 def _nucleus(weights_V: Float64, kept: Ids | None, top_p: float) -> Ids:
@@ -261,17 +273,21 @@ def _draw(weights: Float64, number: float) -> int:
     """
     if len(weights) > _DRAWN_AT_ONCE:
         whole = len(weights) // _DRAWN_RUN * _DRAWN_RUN
-        sums = weights[:whole].reshape(-1, _DRAWN_RUN).sum(axis=1)
-        sums = np.append(sums, weights[whole:].sum())
+        sums = np.empty(whole // _DRAWN_RUN + 1)
+        weights[:whole].reshape(-1, _DRAWN_RUN).sum(axis=1, out=sums[:-1])
+        sums[-1] = weights[whole:].sum()
         run = _draw(sums, number)
         left = number * sums.sum() - sums[:run].sum()
         first = run * _DRAWN_RUN
         within = min(max(left / sums[run], 0.0), 1 - 2.0**-53)
         return first + _draw(weights[first : first + _DRAWN_RUN], within)
-    reached = np.cumsum(weights)
-    index = int(np.searchsorted(reached, number * reached[-1], side="right"))
+    reached = weights.cumsum()
+    total = reached[-1]
+    index = int(reached.searchsorted(number * total, side="right"))
+    if index < len(reached) and reached[index] < total:
+        return index
     # Rounding can take the product up to the total; then the last possible index is meant.
-    return min(index, int(np.searchsorted(reached, reached[-1])))
+    return min(index, int(reached.searchsorted(total)))
 
 
 class _Scratch(threading.local):

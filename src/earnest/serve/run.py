@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
+import resource
 import signal
 import socket
 import ssl
@@ -21,6 +23,7 @@ from earnest.serve.app import create_app
 from earnest.serve.connection import connection_of
 from earnest.serve.state import Served
 
+_FILES = 2**16
 # Seconds that answers under way have to come to their end once the server is told to stop.
 DRAIN_SECONDS = 30.0
 _SWITCH_SECONDS = 0.0005
@@ -95,8 +98,12 @@ def _listen_unix(path: Path) -> socket.socket:
     try:
         if path.is_socket():
             with socket.socket(socket.AF_UNIX) as probe:
-                if probe.connect_ex(str(path)) == 0:
-                    raise MachineError(f"another program listens on {path} already")
+                probe.settimeout(1)  # one that is too busy to answer is there, too
+                if probe.connect_ex(str(path)) != errno.ECONNREFUSED:
+                    raise MachineError(
+                        f"another program listens on {path} already",
+                        remedy="end it, or choose another --unix-socket",
+                    )
             path.unlink()  # left behind by a server that was killed
         found.bind(str(path))
         found.listen(2048)
@@ -126,8 +133,17 @@ def serve(
     # The engine's thread comes back from a step to find this one at work: by default it would wait
     # for 5 ms, half a step of a small model.
     sys.setswitchinterval(_SWITCH_SECONDS)
+    _allow_many_connections()
     server = uvicorn.Server(config_of(served, address))
     asyncio.run(_serve(server, served, listener, drain_seconds, ready))
+
+
+def _allow_many_connections() -> None:
+    """Each is an open file, of which a process may have 1,024 unless it asks for more."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = _FILES if most == resource.RLIM_INFINITY else min(most, _FILES)
+    with contextlib.suppress(OSError, ValueError):  # then it has what it has
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 def config_of(served: Served, address: Address) -> uvicorn.Config:
