@@ -18,6 +18,12 @@ Three sides take turns, each a process with as many threads:
     also told: that is what `earnest bench` times, for the very batches of this load, and so what a
     server could reach if everything around the kernels cost nothing.
 
+Random weights have no vocabulary, and servers take text: a file of true shape for both is made by
+
+    earnest synth ./shape --preset 0.3b --seed 1
+    cp TOKENIZER/{tokenizer.model,tokenizer_config.json,added_tokens.json} ./shape
+    earnest quantize ./shape 0.3b.gguf --codec q4_0
+
 Told are medians over the rounds, of tokens written per second of wall time, and ratios of the sides
 within a round. The client shares the processors with the servers; it does as little as it can.
 """
@@ -28,10 +34,12 @@ import argparse
 import asyncio
 import json
 import os
+import signal
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections import deque
@@ -99,18 +107,19 @@ class Server:
 
     def __init__(self, command: list[str], port: int, extra: dict[str, Any]) -> None:
         self._port, self._extra = port, extra
-        self._process = subprocess.Popen(
-            command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-        )
+        # A file: a pipe that nobody reads would fill up.
+        self._told = tempfile.TemporaryFile(mode="w+")  # noqa: SIM115
+        self._process = subprocess.Popen(command, stdout=self._told, stderr=self._told)
         for _ in range(600):
             try:
                 urllib.request.urlopen(f"http://127.0.0.1:{port}/v1/models", timeout=5).read()
                 return
             except OSError:
                 if self._process.poll() is not None:
-                    assert self._process.stderr is not None
-                    raise SystemExit(f"{command}: {self._process.stderr.read()}") from None
+                    self._told.seek(0)
+                    raise SystemExit(f"{command}: {self._told.read()[-4000:]}") from None
                 time.sleep(0.2)
+        self._process.kill()
         raise SystemExit(f"{command} does not answer")
 
     def run(self, jobs: list[Job], clients: int) -> Outcome:
@@ -245,30 +254,29 @@ def bare(model: str, context: int, threads: int) -> None:
 # --- taking turns -------------------------------------------------------------------------------
 
 
-def sides_of(options: argparse.Namespace, path: str) -> dict[str, Server | Bare]:
-    """All sides, started."""
+def start(options: argparse.Namespace, path: str, sides: dict[str, Server | Bare]) -> None:
+    """Start all sides."""
     port, peer_port = _free_port(), _free_port()
     threads, context = str(options.threads), str(options.context)
     ours = [sys.executable, "-m", "earnest", "serve", path, "--port", str(port)]
     ours += ["--threads", threads, "--context", context]
     extra = {"ignore_eos": True, "stream_options": {"include_usage": True}}
-    sides: dict[str, Server | Bare] = {
-        "earnest": Server(ours, port, extra),
-        "engine": Bare(path, options.context, options.threads),
-    }
+    sides["earnest"] = Server(ours, port, extra)
+    sides["engine"] = Bare(path, options.context, options.threads)
     if options.peer:
         peer = [options.peer_python, "-m", "llama_cpp.server", "--model", path]
         peer += ["--port", str(peer_port), "--n_ctx", context, "--n_threads", threads]
         peer += ["--n_threads_batch", threads, "--interrupt_requests", "false"]
         sides["llama.cpp"] = Server([*peer, "--verbose", "false"], peer_port, {})
-    return sides
 
 
 def measured(options: argparse.Namespace, path: str) -> list[dict[str, Any]]:
     """A row for each number of clients."""
-    sides = sides_of(options, path)
-    names, rows = list(sides), []
+    sides: dict[str, Server | Bare] = {}
+    rows = []
     try:
+        start(options, path, sides)
+        names = list(sides)
         for side in sides.values():
             side.run(load_of(options.clients[0], 999, options.scale / 2), options.clients[0])
         for clients in options.clients:
@@ -331,6 +339,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--bare", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # the servers are ended, too
     if options.bare:
         bare(options.bare, options.context, options.threads)
         return

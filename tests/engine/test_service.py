@@ -245,3 +245,14 @@ def test_errors_of_one_are_not_those_of_another() -> None:
     bad, good = asyncio.run(both())
     assert isinstance(bad, EarnestError) and good == [expected(wanted((3,)))]
     assert service.close(timeout=5)
+
+
+def test_a_loop_that_is_closed_in_the_middle(service: Service) -> None:
+    loop = asyncio.new_event_loop()
+    stream = service.stream([Request((1,), LONG)])
+    loop.run_until_complete(anext(stream))
+    loop.close()  # and nobody is left who could leave the stream
+    until = time.monotonic() + 20
+    while service._open and time.monotonic() < until:
+        time.sleep(0.01)
+    assert service._open == 0

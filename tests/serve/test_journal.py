@@ -5,6 +5,8 @@ from __future__ import annotations
 import io
 import json
 import logging
+import re
+import threading
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -26,6 +28,7 @@ class Log(io.StringIO):
     def lines(self, count: int) -> list[str]:
         """The first so many lines, once they are there: a reply may arrive before its line."""
         for _ in range(200):
+            logger.handlers[-1].flush()
             found = self.getvalue().splitlines()
             if len(found) >= count:
                 return found
@@ -189,4 +192,34 @@ def test_text_lines_cannot_be_forged(server: Server, log: Log) -> None:
         raise ValueError("x")
     except ValueError:
         logger.exception("it broke")
+    logger.handlers[-1].flush()
     assert log.getvalue().endswith("ValueError: x\n")
+
+
+class Stuck(io.StringIO):
+    """A pipe that nobody reads, for a while."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.go = threading.Event()
+
+    def write(self, text: str) -> int:
+        assert self.go.wait(20)
+        return super().write(text)
+
+
+def test_a_log_that_nobody_reads_stops_nothing(
+    server: Server, log: Log, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal, "_MOST_LINES", 5)
+    stuck = Stuck()
+    journal.configure("info", "text", stuck)
+    for _ in range(20):
+        assert httpx.get(f"{server.url}/v1/models").status_code == 200
+    stuck.go.set()
+    logger.handlers[-1].flush()
+    logger.warning("again")
+    logger.handlers[-1].flush()
+    lines = stuck.getvalue().splitlines()
+    assert len(lines) < 20 and "again" in lines[-2]
+    assert re.search(r"warning 1\d lines of this log were lost", lines[-1])

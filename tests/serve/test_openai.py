@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -17,6 +18,7 @@ from running import Server
 
 from earnest.engine import SamplingParams
 from earnest.engine.language_model import LanguageModel
+from earnest.serve import http
 
 HELLO = [{"role": "user", "content": "Tell me a story."}]
 
@@ -367,3 +369,23 @@ def test_pages_that_are_listed_may_call(start: Callable[..., Server]) -> None:
     listed = {"origin": "http://chat.example", "authorization": "Bearer key"}
     assert httpx.get(url, headers=listed).status_code == 200
     assert httpx.get(url, headers=listed | {"origin": "http://evil.example"}).status_code == 403
+
+
+def test_a_silent_stream_says_that_it_is_there(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(http, "_KEEP_ALIVE", 0.02)
+    step = server.served.model.runner.step
+
+    def slow(*arguments: Any) -> Any:
+        time.sleep(0.1)
+        return step(*arguments)
+
+    monkeypatch.setattr(server.served.model.runner, "step", slow)
+    body = {"prompt": "Once", "max_tokens": 3, "ignore_eos": True, "stream": True}
+    reply = httpx.post(f"{server.url}/v1/completions", json=body)
+    events = reply.text.strip().split("\n\n")
+    assert events.count(": still here") >= 2
+    assert events[-1] == "data: [DONE]" and events[0].startswith("data: {")
+    texts = [json.loads(event[6:]) for event in events if event.startswith("data: {")]
+    assert texts[-1]["choices"][0]["finish_reason"] == "length"

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
+import queue
 import re
 import secrets
 import sys
+import threading
 import time
+from contextlib import suppress
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Literal, TextIO
@@ -23,6 +26,7 @@ LogFormat = Literal["text", "json"]
 LEVELS = ("debug", "info", "warning", "error")
 
 _requests = logger.getChild("serve")
+_MOST_LINES, _FLUSH_SECONDS = 10_000, 2.0
 # Asked every few seconds by whoever watches a server: worth a line only to whoever looks closely.
 _PROBES = ("/health", "/ready", "/metrics")
 _GOOD_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
@@ -201,6 +205,41 @@ def _fields(record: logging.LogRecord) -> dict[str, Any]:
     return {"request_id": mine.id}  # whatever else is told on a request's behalf
 
 
+class _Aside(logging.Handler):
+    """Writes on a thread of its own: whoever stops reading a server's standard error must not stop
+    the server. What there is no room for is counted, and told of when there is."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self._stream, self._lost = stream, 0
+        self._lines: queue.Queue[str] = queue.Queue(_MOST_LINES)
+        threading.Thread(target=self._write, name="earnest-log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self._lines.put_nowait(self.format(record))
+        except queue.Full:
+            self._lost += 1
+            return
+        if self._lost:
+            lost, self._lost = self._lost, 0
+            logger.warning("%d lines of this log were lost: nobody read them in time", lost)
+
+    def _write(self) -> None:
+        while True:
+            line = self._lines.get()
+            with suppress(OSError, ValueError):  # nobody is there to read it
+                self._stream.write(line + "\n")
+                self._stream.flush()
+            self._lines.task_done()
+
+    def flush(self) -> None:
+        """Wait until all is written, but not for long."""
+        done = self._lines.all_tasks_done
+        with done:
+            done.wait_for(lambda: not self._lines.unfinished_tasks, _FLUSH_SECONDS)
+
+
 def configure(level: str, style: LogFormat, stream: TextIO | None = None) -> None:
     """Have what Earnest and uvicorn tell written to standard error, each thing once.
 
@@ -209,7 +248,7 @@ def configure(level: str, style: LogFormat, stream: TextIO | None = None) -> Non
         style: "text", for people, or "json", an object on each line.
         stream: in place of standard error.
     """
-    handler = logging.StreamHandler(stream or sys.stderr)
+    handler = _Aside(stream or sys.stderr)
     handler.setFormatter(_Json() if style == "json" else _Text())
     for name, least in (("earnest", level), ("uvicorn", "warning")):
         found = logging.getLogger(name)
