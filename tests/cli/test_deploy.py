@@ -25,6 +25,30 @@ def test_what_cannot_be_deployed(capsys: pytest.CaptureFixture[str], tmp_path: P
     empty.write_text("\n")
     code, told = refused(capsys, "stories", "--api-key-file", str(empty))
     assert code == 2 and "no keys" in told
+    code, told = refused(capsys, "stories", "--runner", "reference", "--kv", "int8")
+    assert code == 2 and "options of the native runner" in told
+
+
+def test_what_replicas_are_told_of_the_runner() -> None:
+    from earnest.serve.ray_app import Options
+
+    def told(**given: object) -> dict[str, object]:
+        return Options.model_validate({"model": "stories", **given}).how
+
+    usual = {"lock": False, "kv": None, "activation_bits": None}
+    assert told(cpus=3) == usual | {"runner": "auto", "threads": 3}
+    assert told(runner="reference") == usual | {"runner": "reference", "threads": None}
+    # `serve run` gives everything as text.
+    text = {"cpus": "0.5", "threads": "2", "lock": "true", "kv": "int8", "activation_bits": "8"}
+    assert told(runner="native", **text) == {
+        "runner": "native",
+        "threads": 2,
+        "lock": True,
+        "kv": "int8",
+        "activation_bits": 8,
+    }
+    with pytest.raises(ValueError, match="activation_bits"):
+        told(activation_bits="9")
 
 
 def test_a_port_that_somebody_has_and_a_model_that_nobody_has(

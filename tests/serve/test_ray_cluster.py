@@ -21,6 +21,8 @@ from typing import Any
 import httpx
 import pytest
 
+from earnest.engine import SamplingParams, load
+
 pytest.importorskip("ray", reason="Ray is not installed")
 
 LONG = "Once upon a time there was a little girl who lived in a big house. " * 8
@@ -38,6 +40,7 @@ class Cluster:
         self.url = f"http://127.0.0.1:{port}"
         self.logs = home / "ray" / "session_latest" / "logs"
         arguments = ("--replicas", "2", "--port", str(port), "--api-key-file", str(keys))
+        arguments += ("--kv", "int8", "--activation-bits", "8", "--speculation", "off")
         self.process = subprocess.Popen(
             [sys.executable, "-m", "earnest", "deploy", "stories", *arguments],
             stdout=subprocess.PIPE,
@@ -138,6 +141,9 @@ def both(client: httpx.Client) -> dict[str, str]:
 def both_replicas_answer_with_the_same_bytes(cluster: Cluster, client: httpx.Client) -> None:
     one, other = both(client).values()
     assert one == other and len(one) > 20
+    asked = SamplingParams(seed=5, temperature=1.0, max_tokens=30)
+    told, usual = (load("stories", **how) for how in ({"kv": "int8", "activation_bits": 8}, {}))
+    assert one == told.generate("One day", asked).text != usual.generate("One day", asked).text
 
 
 def prompts_that_begin_alike_go_to_the_same_replica(cluster: Cluster, client: httpx.Client) -> None:
@@ -214,7 +220,8 @@ def the_end_lets_streams_come_to_theirs(cluster: Cluster, client: httpx.Client) 
         next(lines)
         cluster.process.send_signal(signal.SIGTERM)
         rest = [line for line in lines if line.startswith("data: ")]
-    assert rest[-1] == "data: [DONE]" and '"finish_reason": "length"' in rest[-2]
+    assert rest[-1] == "data: [DONE]"
+    assert json.loads(rest[-2][6:])["choices"][0]["finish_reason"] == "length"
     _, problems = cluster.process.communicate(timeout=60)
     assert cluster.process.returncode == 0, problems
     assert cluster.replicas() == []

@@ -7,13 +7,14 @@ import os
 import signal
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Unpack
 
 import click
 
 from earnest import env, hub
 from earnest.checkpoint import open_checkpoint
-from earnest.cli.terminal import notice, out, progress_bar
+from earnest.cli.runner_options import RunnerOptions, runner_options
+from earnest.cli.terminal import notice, out, progress_bar, speculation_option
 from earnest.errors import MachineError, MissingPackageError, UserError
 
 # Bytes of Ray's object store: requests and answers are small, and weights never go there.
@@ -40,9 +41,11 @@ Examples:
     type=click.IntRange(1),
     default=1,
     show_default=True,
-    help="CPUs of each, and threads it computes with.",
+    help="CPUs of each, and threads it computes with unless --threads says otherwise.",
 )
 @click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
+@runner_options
+@speculation_option
 @click.option("--name", help="What clients call the model; by default the name of its file.")
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
@@ -67,12 +70,14 @@ def command(
     max_replicas: int | None,
     cpus: int,
     context: int | None,
+    speculation: Literal["prompt", "off"],
     name: str | None,
     host: str,
     port: int,
     api_key_file: Path | None,
     address: str | None,
     drain: float,
+    **how: Unpack[RunnerOptions],
 ) -> None:
     """Serve MODEL with several engines on a Ray cluster, until Ctrl-C or SIGTERM.
 
@@ -101,8 +106,10 @@ def command(
         "replicas": replicas,
         "cpus": cpus,
         "context": context,
+        "speculation": speculation,
         "api_key_file": api_key_file,
         "drain": drain,
+        **how,
     }
     if max_replicas is not None:
         arguments["autoscaling"] = {"min_replicas": replicas, "max_replicas": max_replicas}

@@ -12,9 +12,9 @@ import asyncio
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve import Application
@@ -27,6 +27,8 @@ from starlette.types import Message
 
 from earnest import env
 from earnest.engine import load
+from earnest.runners.choice import RunnerChoice, RunnerName
+from earnest.runners.native.runner import KvType
 from earnest.serve import journal
 from earnest.serve.app import create_app
 from earnest.serve.http import ApiError, error_response, key_of
@@ -43,6 +45,11 @@ _ROUTER = "earnest.serve.ray_router.PrefixRouter"
 REPLICA_HEADER = "x-earnest-replica"
 
 
+def _whole(value: object) -> object:
+    """`serve run` gives every argument as text, which is none of the numbers that are allowed."""
+    return int(value) if isinstance(value, str) and value.isdecimal() else value
+
+
 class Options(BaseModel):
     """How a model is deployed.
 
@@ -52,7 +59,13 @@ class Options(BaseModel):
         replicas: engines, each in a process of its own.
         autoscaling: in place of `replicas`: Ray's `AutoscalingConfig`.
         cpus: of each replica, as Ray counts them.
+        runner: "native": compiled kernels; "reference": numpy, exact and slow; "auto": whichever
+            there is.
         threads: of each replica; by default as many as it has CPUs.
+        lock: pin the weights in RAM.
+        kv: how keys and values are kept: "f16" by default, "bf16", "f32", "int8".
+        activation_bits: how finely activations are rounded: 15 by default; 8 is faster and less
+            exact.
         context: tokens that a conversation may have.
         doors: processes that take requests and pass them on.
         api_key_file: a file with a key on each line, read where this is built.
@@ -79,7 +92,11 @@ class Options(BaseModel):
     replicas: int = Field(1, ge=1)
     autoscaling: dict[str, Any] | None = None
     cpus: float = Field(1, gt=0)
+    runner: RunnerName = "auto"
     threads: int | None = Field(None, ge=1)
+    lock: bool = False
+    kv: KvType | None = None
+    activation_bits: Annotated[Literal[8, 15] | None, BeforeValidator(_whole)] = None
     context: int | None = Field(None, ge=1)
     doors: int = Field(1, ge=1)
     api_key_file: Path | None = None
@@ -101,6 +118,20 @@ class Options(BaseModel):
     def limits(self) -> Limits:
         """What a request may ask for."""
         return Limits(request_seconds=self.timeout)
+
+    @property
+    def how(self) -> dict[str, Any]:
+        """What `earnest.load` is told of the runner."""
+        threads = self.threads
+        if threads is None and self.runner != "reference":  # numpy has no such option
+            threads = max(1, int(self.cpus))
+        return {
+            "runner": self.runner,
+            "threads": threads,
+            "lock": self.lock,
+            "kv": self.kv,
+            "activation_bits": self.activation_bits,
+        }
 
 
 @dataclass(frozen=True)
@@ -126,9 +157,11 @@ def build(arguments: dict[str, Any]) -> Application:
 
     Raises:
         pydantic.ValidationError: an argument is not known, or of the wrong kind.
-        UserError: the file of keys holds none.
+        UserError: the file of keys holds none, or the runner has no such option.
     """
     options = Options.model_validate(arguments)
+    if options.runner != "auto":  # which depends on what replicas find where they are
+        RunnerChoice(**options.how)
     keys = (*env.api_keys(), *keys_in(options.api_key_file))
     number = {"num_replicas": options.replicas}
     common: dict[str, Any] = {
@@ -168,7 +201,7 @@ class Model:
         opened = load(
             options.model,
             max_context=options.context,
-            threads=options.threads or max(1, int(options.cpus)),
+            **options.how,
             speculation=None if options.speculation == "off" else options.speculation,
             allow_missing_correction_bias=options.allow_missing_correction_bias,
         )
