@@ -42,10 +42,12 @@ EARNEST_INLINE void storeRows(float* out, Vec::F x, int64_t count) {
 // may have under way is too little for one core to fill its share of the memory bus (measured on
 // Zen 4, one thread: bf16 19 GB/s into the first, 29 into the second, of 31). The processor's own
 // prefetchers stop at the ends of pages, and cannot know that a stream goes on R panels further.
-constexpr int64_t kAheadBytes = 1024;
-
 template <class C>
 struct Ahead {
+  // Codecs of few bits compute longer on what they read and want to look further; for the others
+  // that is too far (docs/log.md has the table).
+  static constexpr int64_t kAheadBytes = C::kBytes / C::kRuns < 512 ? 4096 : 1024;
+
   const uint8_t* at[R];
   const uint8_t* end[R];
   int64_t jump;

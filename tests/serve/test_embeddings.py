@@ -251,7 +251,12 @@ def test_they_have_a_line_in_the_log(
     server: Server, stories: LanguageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     records: list[Any] = []
-    monkeypatch.setattr(Record, "write", lambda self: records.append(self.to_dict()))
+
+    def write(record: Record) -> None:
+        if record.prompt:  # not the end of a request before
+            records.append(record.to_dict())
+
+    monkeypatch.setattr(Record, "write", write)
     post(server, input=TEXTS)
     for _ in range(200):
         if records:

@@ -26,7 +26,7 @@ PATHS = (
     *("/api/show", "/api/version", "/tokenize", "/detokenize", "/tokenizer_info"),
     *("/health", "/ready", "/metrics", "/version"),
 )
-EXAMPLES = 40
+EXAMPLES = 25
 CHECKS: list[CheckFunction] = [
     not_a_server_error,
     status_code_conformance,
