@@ -29,7 +29,13 @@ class Visits:
     contexts: list[Any] = field(default_factory=list)
 
     def __call__(
-        self, server: Server, *, max_tokens: int | None = None, host: str = "", **options: Any
+        self,
+        server: Server,
+        path: str = "/",
+        *,
+        max_tokens: int | None = None,
+        host: str = "",
+        **options: Any,
     ) -> Any:
         context = self.browser.new_context(**options)
         if max_tokens is not None:
@@ -37,9 +43,9 @@ class Visits:
             context.add_init_script(f"localStorage.setItem('earnest.sampling', {sampling})")
         context.set_default_timeout(10_000)
         self.contexts.append(context)
-        return self.page(context, f"http://{host}:{server.port}" if host else server.url)
+        return self.page(context, f"http://{host}:{server.port}" if host else server.url, path)
 
-    def page(self, context: Any, url: str) -> Any:
+    def page(self, context: Any, url: str, path: str = "/") -> Any:
         """One more window of the same browser."""
         page = context.new_page()
         page.on("pageerror", lambda error: self.problems.append(str(error)))
@@ -48,7 +54,7 @@ class Visits:
             "request",
             lambda r: r.url.startswith((url, f"blob:{url}")) or self.problems.append(r.url),
         )
-        page.goto(url)
+        page.goto(url + path)
         expect(page.locator("html[data-ready]")).to_be_attached()
         return page
 

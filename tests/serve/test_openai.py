@@ -389,3 +389,22 @@ def test_a_silent_stream_says_that_it_is_there(
     assert events[-1] == "data: [DONE]" and events[0].startswith("data: {")
     texts = [json.loads(event[6:]) for event in events if event.startswith("data: {")]
     assert texts[-1]["choices"][0]["finish_reason"] == "length"
+
+
+@pytest.mark.parametrize(
+    ("change", "status"),
+    [
+        ({"max_tokens": 2.0}, 200),
+        ({"max_tokens": 2, "temperature": 1}, 200),
+        ({"max_tokens": 2.5}, 400),
+        ({"max_tokens": "2"}, 400),
+        ({"max_tokens": True}, 400),
+        ({"max_tokens": 2, "stream": 0}, 400),
+        ({"max_tokens": 2, "stop": 7}, 400),
+        ({"max_tokens": 2, "temperature": "0"}, 400),
+    ],
+)
+def test_values_are_what_they_say(server: Server, change: dict[str, Any], status: int) -> None:
+    body = {"prompt": "Once"} | change
+    reply = httpx.post(f"{server.url}/v1/completions", json=body)
+    assert reply.status_code == status, reply.text

@@ -133,6 +133,7 @@ def test_the_stream_helper_understands_it(client: openai.OpenAI) -> None:
 
 IMAGE = [{"role": "user", "content": [{"type": "input_image", "image_url": "x"}]}]
 STRANGE = [{"type": "reasoning", "summary": [], "encrypted_content": "%"}]
+FOREIGN = [{"type": "reasoning", "summary": [], "encrypted_content": "é"}]
 
 
 @pytest.mark.parametrize(
@@ -147,6 +148,7 @@ STRANGE = [{"type": "reasoning", "summary": [], "encrypted_content": "%"}]
         ({"given": [{"type": "item_reference", "id": "x"}]}, "item_reference"),
         ({"given": []}, "input"),
         ({"given": STRANGE}, "encrypted_content"),
+        ({"given": FOREIGN}, "encrypted_content"),
         ({"given": "a " * 20_000}, "context"),
         ({"truncation": "auto"}, "truncation"),
         ({"include": ["message.output_text.logprobs"]}, "include"),

@@ -34,7 +34,8 @@ def create_app(served: Served) -> FastAPI:
     Args:
         served: what is served, and how.
     """
-    app = FastAPI(title="Earnest", version=version("earnest"), redoc_url=None)
+    # The framework's own pages load scripts of other hosts; `page` has one that does not.
+    app = FastAPI(title="Earnest", version=version("earnest"), docs_url=None, redoc_url=None)
     for part in (
         *(openai_chat, openai_completions, openai_responses, openai_embeddings),
         *(anthropic_messages, ollama, ollama_models, ollama_embed, plain),
@@ -59,7 +60,7 @@ def create_app(served: Served) -> FastAPI:
         found = ApiError(error.status_code, str(error.detail))
         return error_response(request, found, error.headers)
 
-    describe(app)
+    describe(app, served.name)
     app.add_middleware(Gate, served=served)
     if served.origins:  # outermost, so that pages can read refusals, too
         app.add_middleware(

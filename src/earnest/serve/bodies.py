@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, model_validator
 
 from earnest.engine import SamplingParams
 from earnest.serve.http import ApiError
@@ -25,6 +25,17 @@ class Strict(BaseModel):
     """A body that has no other fields, and nothing in them but what they say: no "7" for 7."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _whole(cls, given: Any) -> Any:
+        """16.0 is a whole number in JSON, and some clients know no other way to write one."""
+        if not isinstance(given, dict):
+            return given
+        return {
+            name: int(value) if type(value) is float and value.is_integer() else value
+            for name, value in given.items()
+        }
 
 
 def check_model(served: Served, name: str | None) -> None:

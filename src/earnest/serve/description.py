@@ -256,6 +256,24 @@ _ANSWERS: dict[str, Schema] = {
     "/version": _object(version=_TEXT, python=_TEXT),
     "/tokenizer_info": _map(_ANY),
 }
+_HELLO = [{"role": "user", "content": "Hello!"}]
+_STORY = "Once upon a time"
+# A body for each endpoint that takes one, beside the model's name; `/docs` shows them.
+_EXAMPLES: dict[str, Schema] = {
+    "/v1/chat/completions": {"messages": _HELLO, "max_tokens": 64},
+    "/v1/completions": {"prompt": _STORY, "max_tokens": 64},
+    "/v1/responses": {"input": "Hello!", "max_output_tokens": 64},
+    "/v1/embeddings": {"input": [_STORY]},
+    "/v1/messages": {"messages": _HELLO, "max_tokens": 64},
+    "/v1/messages/count_tokens": {"messages": _HELLO},
+    "/api/chat": {"messages": _HELLO, "stream": False, "options": {"num_predict": 64}},
+    "/api/generate": {"prompt": _STORY, "stream": False, "options": {"num_predict": 64}},
+    "/api/show": {},
+    "/api/embed": {"input": [_STORY]},
+    "/api/embeddings": {"prompt": _STORY},
+    "/tokenize": {"prompt": _STORY},
+    "/detokenize": {"tokens": [1, 2, 3]},
+}
 _STREAMS = {
     **dict.fromkeys(("/v1/chat/completions", "/v1/completions"), "text/event-stream"),
     **dict.fromkeys(("/v1/responses", "/v1/messages"), "text/event-stream"),
@@ -286,8 +304,13 @@ _REASONS = {
 }
 
 
-def describe(app: FastAPI) -> None:
-    """Let the application's description say what is answered, too."""
+def describe(app: FastAPI, model: str) -> None:
+    """Let the application's description say what is answered, too, and give examples.
+
+    Args:
+        app: what is described.
+        model: the name that examples ask for.
+    """
     of_the_framework = app.openapi
 
     def openapi() -> Schema:
@@ -298,9 +321,18 @@ def describe(app: FastAPI) -> None:
             for path, item in document["paths"].items():
                 for operation in item.values():
                     operation["responses"] = _responses(path, operation)
+                    _exemplify(path, operation, model)
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _exemplify(path: str, operation: Schema, model: str) -> None:
+    for parameter in operation.get("parameters", ()):
+        parameter["example"] = model  # the only parameter there is
+    if "requestBody" in operation:
+        content = operation["requestBody"]["content"]["application/json"]
+        content["example"] = {"model": model} | _EXAMPLES[path]
 
 
 def _responses(path: str, operation: Schema) -> Schema:
@@ -309,7 +341,7 @@ def _responses(path: str, operation: Schema) -> Schema:
     else:
         content = {"application/json": {"schema": _ANSWERS.get(path, _ANY)}}
     if path in _STREAMS:
-        content[_STREAMS[path]] = {"schema": _TEXT}
+        content[_STREAMS[path]] = {}  # OpenAPI 3.1 has no words for events and lines
     found = {"200": {"description": "the answer", "content": content}}
     if path in _PLAIN:
         if path != "/metrics":

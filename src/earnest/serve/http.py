@@ -228,9 +228,9 @@ async def until_gone(request: Request, work: Awaitable[T]) -> T:
 
 # --- keys and limits ----------------------------------------------------------------------------
 
-# What can be asked without a key: whether the server is there, and the page that asks for the key.
-_OPEN = ("/", "/health", "/ready", "/favicon.ico")
-# Where the scripts and styles of that page are.
+# What can be asked without a key: whether the server is there, and the pages that ask for the key.
+_OPEN = ("/", "/docs", "/health", "/ready", "/favicon.ico")
+# Where the scripts and styles of those pages are.
 PAGE_PARTS = "/web/"
 
 

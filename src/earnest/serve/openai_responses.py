@@ -8,7 +8,6 @@ same text in base64: it is opaque so that clients hand it back, not secret.
 from __future__ import annotations
 
 import base64
-import binascii
 import secrets
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
@@ -303,7 +302,7 @@ def _thoughts(item: ReasoningItem) -> str:
         return "".join(part.text for part in item.content or item.summary)
     try:
         return base64.b64decode(item.encrypted_content, validate=True).decode()
-    except (binascii.Error, UnicodeError) as error:
+    except ValueError as error:  # no base64, not ASCII, no UTF-8
         raise ApiError(
             400, "encrypted_content is not from this server", param="encrypted_content"
         ) from error

@@ -1,6 +1,7 @@
-"""The chat page at `/`: a handful of static files of this package, and nothing else.
+"""The chat page at `/`, the endpoints' at `/docs`: a handful of static files of this package, and
+nothing else.
 
-The page holds no secret, so it is served without a key; what it calls asks for one.
+They hold no secret, so they are served without a key; what they call asks for one.
 """
 
 from __future__ import annotations
@@ -40,19 +41,24 @@ _HEADERS = {
 
 
 def router() -> APIRouter:
-    """The page and its parts."""
+    """The pages and their parts."""
     api = APIRouter(include_in_schema=False)
     parts = _parts()
 
     @api.api_route("/", methods=["GET", "HEAD"])
-    async def page(request: Request) -> Response:
-        """The page itself."""
+    async def chat(request: Request) -> Response:
+        """The chat page itself."""
         return _sent(request, *parts["index.html"])
+
+    @api.api_route("/docs", methods=["GET", "HEAD"])
+    async def docs(request: Request) -> Response:
+        """The page of all endpoints."""
+        return _sent(request, *parts["docs.html"])
 
     @api.api_route(PAGE_PARTS + "{name}", methods=["GET", "HEAD"])
     async def part(name: str, request: Request) -> Response:
         """A script, a style, a picture."""
-        if name not in parts or name == "index.html":
+        if name not in parts or name.endswith(".html"):
             raise ApiError(404, f"the page has no part {name!r:.100}")
         return _sent(request, *parts[name])
 

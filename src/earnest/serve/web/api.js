@@ -149,6 +149,9 @@ export async function served() {
   };
 }
 
+/** The description of all endpoints, as OpenAPI writes it. */
+export const description = async () => (await call("openapi.json")).json();
+
 /** `name value` lines. */
 function parametersOf(text) {
   const found = {};

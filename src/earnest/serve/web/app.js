@@ -1,7 +1,8 @@
 // The page: one conversation is open, answers come into it or into others, the rest is kept.
 
 import { Answer } from "./answer.js";
-import { Failure, served as askServed } from "./api.js";
+import { served as askServed } from "./api.js";
+import { askKey, showFailure } from "./banner.js";
 import { openCard } from "./card.js";
 import {
   addNode,
@@ -16,7 +17,7 @@ import {
 } from "./conversation.js";
 import { announce, byId, download, el, toast } from "./dom.js";
 import { MessageView } from "./message.js";
-import { askKey, changes, closeByScrim, openSettings, settings } from "./settings.js";
+import { changes, closeByScrim, openSettings, settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
 import { openStore, remember, remembered } from "./store.js";
 
@@ -45,9 +46,7 @@ async function connect() {
   } catch (error) {
     served = null;
     showState();
-    const failure = error instanceof Failure ? error : new Failure("other", "The page failed.", "Reload it.");
-    showBanner(failure);
-    if (failure.kind === "key") enterKey(failure);
+    showFailure(error, { again: connect, enterKey });
     return false;
   }
   if (!conversation.leaf) conversation.kind = served.chats ? "chat" : "text";
@@ -56,26 +55,9 @@ async function connect() {
   return true;
 }
 
-function showBanner(failure) {
-  const button = (text, act) => el("button", { type: "button", class: "link", text, on: { click: act } });
-  byId("banner").replaceChildren(
-    el(
-      "div",
-      { class: "problem" },
-      el("p", {}, el("strong", { text: failure.title }), " ", failure.remedy),
-      el(
-        "p",
-        { class: "buttons" },
-        ...(failure.kind === "key" ? [button("Enter the key", () => enterKey(failure))] : []),
-        button("Try again", connect),
-      ),
-    ),
-  );
-}
-
 function enterKey(failure = null) {
   byId("settings").close();
-  askKey(failure ? `${failure.title} ${failure.remedy}` : "It goes to this server only, with every call.", connect);
+  askKey(failure, connect);
 }
 
 // --- what is shown --------------------------------------------------------------------------------

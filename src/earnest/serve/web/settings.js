@@ -1,6 +1,6 @@
 // Settings: the system prompt of the conversation, and what holds for all: sampling, thoughts, looks.
 
-import { apiKey, keyIsKept, setApiKey } from "./api.js";
+import { apiKey, keyIsKept } from "./api.js";
 import { byId, el, iconButton } from "./dom.js";
 import { remember, remembered } from "./store.js";
 
@@ -255,49 +255,4 @@ function keyboardPart() {
     "",
     el("dl", { class: "facts" }, ...rows.flatMap(([key, what]) => [el("dt", {}, el("kbd", { text: key })), el("dd", { text: what })])),
   );
-}
-
-/** Ask for the API key; `onDone` is called when one was given. */
-export function askKey(reason, onDone) {
-  const dialog = byId("key");
-  const field = el("input", {
-    type: "password",
-    id: "key-field",
-    autocomplete: "off",
-    spellcheck: "false",
-    placeholder: "API key",
-    "aria-label": "API key",
-    "aria-describedby": "key-reason",
-  });
-  field.value = apiKey();
-  const keep = el("input", { type: "checkbox", id: "key-keep" });
-  keep.checked = keyIsKept();
-  dialog.replaceChildren(
-    el(
-      "form",
-      {
-        on: {
-          submit: (event) => {
-            event.preventDefault();
-            setApiKey(field.value, keep.checked);
-            dialog.close();
-            onDone();
-          },
-        },
-      },
-      el("h2", { id: "key-title", text: "API key" }),
-      el("p", { class: "note", id: "key-reason", text: reason }),
-      field,
-      el("label", { class: "check" }, keep, "Remember it on this device"),
-      el(
-        "div",
-        { class: "buttons" },
-        el("button", { type: "button", class: "plain-button", text: "Cancel", on: { click: () => dialog.close() } }),
-        el("button", { type: "submit", class: "main-button", text: "Use it" }),
-      ),
-    ),
-  );
-  if (!dialog.open) dialog.showModal();
-  field.focus();
-  field.select();
 }
