@@ -200,6 +200,8 @@ uint64_t busyCrew(ThreadPool& pool, int milliseconds) {
 }
 
 NB_MODULE(_native, module) {
+  // A model that lives until Python ends is no mistake of its user, who would read of leaks otherwise.
+  nb::set_leak_warnings(false);
   bindModel(module);
   bindPack(module);
   module.def("compiled_tiers", [] { return names(compiledTiers()); });
