@@ -116,7 +116,10 @@ struct ByteKv {
         unroll<0, 2>([&](auto p) EARNEST_INLINE_LAMBDA {
           const Vec::A a = Vec::broadcast(v + 8 * i.value + 4 * p.value);
           unroll<0, N>([&](auto n) EARNEST_INLINE_LAMBDA {
-            sum[i.value][n.value][p.value].template add<0>(k[n.value], a);
+            auto& s = sum[i.value][n.value][p.value];
+            s.template add<0>(k[n.value], a);
+            // In its register: gcc 12 moved 64 of them about in every turn of this loop.
+            if constexpr (requires { s.keep(); }) s.keep();
           });
         });
       });

@@ -97,6 +97,9 @@ struct Vec {
       v[kGroup % kChains] = _mm512_dpbusd_epi32(v[kGroup % kChains], w, a);
     }
     I total() const { return kChains == 2 ? addI(v[0], v[kChains - 1]) : v[0]; }
+#if !EARNEST_SIMDE
+    void keep() { __asm__("" : "+v"(v[0])); }
+#endif
   };
 
   static void storeHalves(uint8_t* p, F x) {
