@@ -42,18 +42,18 @@ EARNEST_INLINE void storeRows(float* out, Vec::F x, int64_t count) {
 // may have under way is too little for one core to fill its share of the memory bus (measured on
 // Zen 4, one thread: bf16 19 GB/s into the first, 29 into the second, of 31). The processor's own
 // prefetchers stop at the ends of pages, and cannot know that a stream goes on R panels further.
-template <class C>
+template <class C, int N>
 struct Ahead {
   // Codecs of few bits compute longer on what they read and want to look further; for the others
   // that is too far (docs/log.md has the table).
   static constexpr int64_t kAheadBytes = C::kBytes / C::kRuns < 512 ? 4096 : 1024;
 
-  const uint8_t* at[R];
-  const uint8_t* end[R];
+  const uint8_t* at[N];
+  const uint8_t* end[N];
   int64_t jump;
 
-  EARNEST_INLINE Ahead(const uint8_t* const (&panels)[R], int64_t bytes) : jump((R - 1) * bytes) {
-    for (int r = 0; r < R; ++r) {
+  EARNEST_INLINE Ahead(const uint8_t* const (&panels)[N], int64_t bytes) : jump((N - 1) * bytes) {
+    for (int r = 0; r < N; ++r) {
       at[r] = panels[r] + kAheadBytes;
       end[r] = panels[r] + bytes;
       if (at[r] >= end[r]) at[r] += jump;
@@ -61,9 +61,9 @@ struct Ahead {
   }
   // The lines of 32 columns.
   EARNEST_INLINE void fetch() {
-    if constexpr (!C::kCached) {
+    if constexpr (!C::kCached && N > 1) {
       constexpr int kStep = C::kBytes / C::kRuns;
-      unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+      unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
         for (int i = 0; i < kStep; i += 64) __builtin_prefetch(at[r.value] + i, 0, 2);
         at[r.value] += kStep;
         if (at[r.value] >= end[r.value] && at[r.value] < end[r.value] + kStep) at[r.value] += jump;
@@ -72,44 +72,45 @@ struct Ahead {
   }
 };
 
+template <int N>
 struct Columns {
-  int64_t at[R];     // first output row of each panel
-  int64_t count[R];  // rows of the matrix in it
+  int64_t at[N];     // first output row of each panel
+  int64_t count[N];  // rows of the matrix in it
 };
 
-// R panels x T tokens, all of K. P planes of activations. Never inlined: a compiler that put all
+// N panels x T tokens, all of K. P planes of activations. Never inlined: a compiler that put all
 // tiles into one function would take minutes over it.
-template <class C, int T, int P>
-__attribute__((noinline)) void tile(const uint8_t* const (&panels)[R], int64_t blocks, const Rows<T>& x,
-          const Columns& columns) {
-  Vec::F acc[R][T];
-  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+template <class C, int T, int P, int N>
+__attribute__((noinline)) void tile(const uint8_t* const (&panels)[N], int64_t blocks, const Rows<T>& x,
+          const Columns<N>& columns) {
+  Vec::F acc[N][T];
+  unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
     unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA { acc[r.value][t.value] = Vec::zero(); });
   });
-  const uint8_t* w[R];
-  for (int r = 0; r < R; ++r) w[r] = panels[r];
-  Ahead<C> ahead(panels, blocks / C::kRuns * C::kBytes);
+  const uint8_t* w[N];
+  for (int r = 0; r < N; ++r) w[r] = panels[r];
+  Ahead<C, N> ahead(panels, blocks / C::kRuns * C::kBytes);
   for (int64_t b = 0; b < blocks; b += C::kRuns) {
-    typename C::Head head[R];
-    unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA { head[r.value].load(w[r.value]); });
+    typename C::Head head[N];
+    unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA { head[r.value].load(w[r.value]); });
     for (int run = 0; run < C::kRuns; ++run) {
       const int64_t at = b + run;
       ahead.fetch();
       unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
         constexpr int kPairs = 4 / C::kParts;
-        constexpr int kChains = R * T * P <= 2 ? 2 : 1;
-        typename Vec::template Sum<C::kMax, C::kSigned, kChains> sum[R][T][P];
+        constexpr int kChains = N * T * P <= 2 ? 2 : 1;
+        typename Vec::template Sum<C::kMax, C::kSigned, kChains> sum[N][T][P];
         unroll<0, kPairs>([&](auto i) EARNEST_INLINE_LAMBDA {
           constexpr int j = part.value * kPairs + i.value;
-          Vec::B even[R], odd[R];
-          unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+          Vec::B even[N], odd[N];
+          unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
             C::template pair<j>(C::weights(w[r.value], run), even[r.value], odd[r.value]);
           });
           unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
             unroll<0, P>([&](auto p) EARNEST_INLINE_LAMBDA {
               const int8_t* v = x.values[t.value] + at * (32 * P) + 32 * p.value + 8 * j;
               const Vec::A first = Vec::broadcast(v), second = Vec::broadcast(v + 4);
-              unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+              unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
                 auto& s = sum[r.value][t.value][p.value];
                 s.template add<2 * i.value>(even[r.value], first);
                 s.template add<2 * i.value + 1>(odd[r.value], second);
@@ -117,8 +118,8 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[R], int64_t b
             });
           });
         });
-        Vec::F scale[R];
-        unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+        Vec::F scale[N];
+        unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
           scale[r.value] = head[r.value].scale(run, part.value);
         });
         unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
@@ -130,7 +131,7 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[R], int64_t b
             if constexpr (C::kParts == 2) of = part.value ? of - block.sum_first : block.sum_first;
             offset = Vec::set1I(-C::kOffset * of);
           }
-          unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+          unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
             auto& s = sum[r.value][t.value];
             Vec::I total = s[0].total();
             if constexpr (P == 2) total = Vec::addI(Vec::shift7(total), s[P - 1].total());
@@ -141,7 +142,7 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[R], int64_t b
         });
       });
       if constexpr (C::kMin) {
-        unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+        unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
           const Vec::F minimum = head[r.value].minimum(run);
           unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
             const Vec::F sum = Vec::set1(x.blocks[t.value][at].scaled_sum);
@@ -151,9 +152,9 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[R], int64_t b
         });
       }
     }
-    for (int r = 0; r < R; ++r) w[r] += C::kBytes;
+    for (int r = 0; r < N; ++r) w[r] += C::kBytes;
   }
-  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+  unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
     unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
       storeRows(x.out[t.value] + columns.at[r.value], acc[r.value][t.value],
                 columns.count[r.value]);
@@ -176,10 +177,11 @@ Rows<T> rowsFrom(const Matmul& m, int64_t begin) {
   return rows;
 }
 
-// Panels [p, p + R), the last one of the matrix's part repeated.
-Columns columnsFrom(const Matmul& m, int64_t p, int64_t end, int64_t (&panels)[R]) {
-  Columns columns;
-  for (int r = 0; r < R; ++r) {
+// Panels [p, p + N), the last one of the matrix's part repeated.
+template <int N>
+Columns<N> columnsFrom(const Matmul& m, int64_t p, int64_t end, int64_t (&panels)[N]) {
+  Columns<N> columns;
+  for (int r = 0; r < N; ++r) {
     panels[r] = p + r < end ? p + r : end - 1;
     columns.at[r] = panels[r] * kPanelRows;
     const int64_t left = m.rows - columns.at[r];
@@ -190,104 +192,104 @@ Columns columnsFrom(const Matmul& m, int64_t p, int64_t end, int64_t (&panels)[R
 
 // Tokens [begin, begin + size) with the smallest tile that holds them: 1, 2, 3, 4 or the largest
 // (measured on Zen 4: a tile for 5 gains 8% at five tokens only).
-template <class C, int P, int T>
-EARNEST_INLINE void tileOf(int64_t size, const Matmul& m, const uint8_t* const (&w)[R],
-                           const Columns& columns, int64_t begin) {
+template <class C, int P, int T, int N>
+EARNEST_INLINE void tileOf(int64_t size, const Matmul& m, const uint8_t* const (&w)[N],
+                           const Columns<N>& columns, int64_t begin) {
   constexpr int kMost = Vec::kTokens[P - 1];
   if constexpr (T < kMost) {
     constexpr int kNext = T < 4 ? T + 1 : kMost;
-    if (size > T) return tileOf<C, P, kNext>(size, m, w, columns, begin);
+    if (size > T) return tileOf<C, P, kNext, N>(size, m, w, columns, begin);
   }
-  tile<C, T, P>(w, m.columns / kBlock, rowsFrom<T>(m, begin), columns);
+  tile<C, T, P, N>(w, m.columns / kBlock, rowsFrom<T>(m, begin), columns);
 }
 
 // Tiles as equal as can be: 8 tokens are 4 + 4, not 6 + 2; 10 are 6 + 4, for want of a tile for 5.
 // Expanded panels meet many tokens and the last tile matters little: one size is enough for them.
-template <class C, int P>
-EARNEST_INLINE void tilesOfAllTokens(const Matmul& m, const uint8_t* const (&w)[R],
-                                     const Columns& columns) {
+template <class C, int P, int N>
+EARNEST_INLINE void tilesOfAllTokens(const Matmul& m, const uint8_t* const (&w)[N],
+                                     const Columns<N>& columns) {
   constexpr int T = Vec::kTokens[P - 1];
   int64_t at = 0;
   for (int64_t tiles = (m.x.tokens + T - 1) / T; tiles > 0; --tiles) {
     int64_t size = (m.x.tokens - at + tiles - 1) / tiles;
     if (C::kCached || size > 4) size = T;
-    tileOf<C, P, C::kCached ? T : 1>(size, m, w, columns, at);
+    tileOf<C, P, C::kCached ? T : 1, N>(size, m, w, columns, at);
     at += size;
   }
 }
 
-template <class C, int P>
+template <class C, int P, int N>
 __attribute__((noinline)) void matmulIntegers(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
   const int64_t blocks = m.columns / kBlock, tokens = m.x.tokens;
   const int64_t bytes = blocks / C::kRuns * C::kBytes;
-  for (int64_t p = begin; p < end; p += R) {
-    int64_t panel[R];
-    const Columns columns = columnsFrom(m, p, end, panel);
-    const uint8_t* w[R];
-    for (int r = 0; r < R; ++r) w[r] = m.panels + panel[r] * bytes;
+  for (int64_t p = begin; p < end; p += N) {
+    int64_t panel[N];
+    const Columns<N> columns = columnsFrom<N>(m, p, end, panel);
+    const uint8_t* w[N];
+    for (int r = 0; r < N; ++r) w[r] = m.panels + panel[r] * bytes;
     if (tokens <= Vec::kUnexpanded) {
-      tilesOfAllTokens<C, P>(m, w, columns);
+      tilesOfAllTokens<C, P, N>(m, w, columns);
     } else {
       using E = Expanded<C>;
       uint8_t* expanded = static_cast<uint8_t*>(scratch);
-      const uint8_t* unpacked[R];
-      for (int r = 0; r < R; ++r, expanded += blocks * E::kBytes) {
+      const uint8_t* unpacked[N];
+      for (int r = 0; r < N; ++r, expanded += blocks * E::kBytes) {
         expand<C>(w[r], blocks, expanded);
         unpacked[r] = expanded;
       }
-      tilesOfAllTokens<E, P>(m, unpacked, columns);
+      tilesOfAllTokens<E, P, N>(m, unpacked, columns);
     }
   }
 }
 
-template <class C, int T>
-__attribute__((noinline)) void tileFloats(const uint8_t* const (&panels)[R], int64_t blocks, const float* const (&x)[T],
-                float* const (&out)[T], const Columns& columns) {
-  Vec::F acc[R][T];
-  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+template <class C, int T, int N>
+__attribute__((noinline)) void tileFloats(const uint8_t* const (&panels)[N], int64_t blocks, const float* const (&x)[T],
+                float* const (&out)[T], const Columns<N>& columns) {
+  Vec::F acc[N][T];
+  unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
     unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA { acc[r.value][t.value] = Vec::zero(); });
   });
-  Ahead<C> ahead(panels, blocks * C::kBytes);
+  Ahead<C, N> ahead(panels, blocks * C::kBytes);
   for (int64_t b = 0; b < blocks; ++b) {
     ahead.fetch();
-    Vec::F even[R][T], odd[R][T];
-    unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+    Vec::F even[N][T], odd[N][T];
+    unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
       unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
         even[r.value][t.value] = odd[r.value][t.value] = Vec::zero();
       });
     });
 #pragma GCC unroll 4
     for (int j = 0; j < 16; ++j) {
-      Vec::F w0[R], w1[R];
-      unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+      Vec::F w0[N], w1[N];
+      unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
         C::pair(panels[r.value] + b * C::kBytes, j, w0[r.value], w1[r.value]);
       });
       unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
         const Vec::F x0 = Vec::set1(x[t.value][32 * b + 2 * j]);
         const Vec::F x1 = Vec::set1(x[t.value][32 * b + 2 * j + 1]);
-        unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+        unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
           even[r.value][t.value] = Vec::fma(w0[r.value], x0, even[r.value][t.value]);
           odd[r.value][t.value] = Vec::fma(w1[r.value], x1, odd[r.value][t.value]);
         });
       });
     }
-    unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+    unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
       unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
         Vec::F& a = acc[r.value][t.value];
         a = Vec::add(a, Vec::add(even[r.value][t.value], odd[r.value][t.value]));
       });
     });
   }
-  unroll<0, R>([&](auto r) EARNEST_INLINE_LAMBDA {
+  unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
     unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
       storeRows(out[t.value] + columns.at[r.value], acc[r.value][t.value], columns.count[r.value]);
     });
   });
 }
 
-template <class C, int T>
-EARNEST_INLINE void floatTiles(const Matmul& m, const uint8_t* const (&w)[R],
-                               const Columns& columns) {
+template <class C, int T, int N>
+EARNEST_INLINE void floatTiles(const Matmul& m, const uint8_t* const (&w)[N],
+                               const Columns<N>& columns) {
   for (int64_t begin = 0; begin < m.x.tokens; begin += T) {
     const float* x[T];
     float* out[T];
@@ -296,41 +298,58 @@ EARNEST_INLINE void floatTiles(const Matmul& m, const uint8_t* const (&w)[R],
       x[t] = m.x.floats + (m.x.select ? m.x.select[token] : token) * m.columns;
       out[t] = m.out + token * m.out_stride;
     }
-    tileFloats<C, T>(w, m.columns / kBlock, x, out, columns);
+    tileFloats<C, T, N>(w, m.columns / kBlock, x, out, columns);
   }
 }
 
-template <class C>
+template <class C, int T, int N>
 void matmulFloats(const Matmul& m, int64_t begin, int64_t end) {
   const int64_t bytes = m.columns / kBlock * C::kBytes;
-  for (int64_t p = begin; p < end; p += R) {
-    int64_t panel[R];
-    const Columns columns = columnsFrom(m, p, end, panel);
-    const uint8_t* w[R];
-    for (int r = 0; r < R; ++r) w[r] = m.panels + panel[r] * bytes;
-    if (m.x.tokens == 1) {
-      floatTiles<C, 1>(m, w, columns);
-    } else {
-      floatTiles<C, Vec::kFloatTokens>(m, w, columns);
-    }
+  for (int64_t p = begin; p < end; p += N) {
+    int64_t panel[N];
+    const Columns<N> columns = columnsFrom<N>(m, p, end, panel);
+    const uint8_t* w[N];
+    for (int r = 0; r < N; ++r) w[r] = m.panels + panel[r] * bytes;
+    floatTiles<C, T, N>(m, w, columns);
+  }
+}
+
+#ifndef KS
+#define KS 1
+#endif
+template <class C, int P>
+EARNEST_INLINE void matmulPanels(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
+  if (m.x.tokens <= KS) {
+    matmulIntegers<C, P, 1>(m, begin, end, scratch);
+  } else {
+    matmulIntegers<C, P, R>(m, begin, end, scratch);
   }
 }
 
 template <class C>
 EARNEST_INLINE void matmulPlanes(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
   if (m.x.planes == kA15) {
-    matmulIntegers<C, 2>(m, begin, end, scratch);
+    matmulPanels<C, 2>(m, begin, end, scratch);
   } else {
-    matmulIntegers<C, 1>(m, begin, end, scratch);
+    matmulPanels<C, 1>(m, begin, end, scratch);
+  }
+}
+
+template <class C>
+EARNEST_INLINE void matmulPlain(const Matmul& m, int64_t begin, int64_t end) {
+  if (m.x.tokens == 1) {
+    matmulFloats<C, 1, 1>(m, begin, end);
+  } else {
+    matmulFloats<C, Vec::kFloatTokens, R>(m, begin, end);
   }
 }
 
 void matmul(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
   if (m.x.tokens <= 0 || begin >= end) return;
   switch (m.codec) {
-    case kF32: return matmulFloats<F32>(m, begin, end);
-    case kF16: return matmulFloats<F16>(m, begin, end);
-    case kBf16: return matmulFloats<Bf16>(m, begin, end);
+    case kF32: return matmulPlain<F32>(m, begin, end);
+    case kF16: return matmulPlain<F16>(m, begin, end);
+    case kBf16: return matmulPlain<Bf16>(m, begin, end);
     case kQ8_0: return matmulPlanes<Q8_0>(m, begin, end, scratch);
     case kQ4_0: return matmulPlanes<Q4_0>(m, begin, end, scratch);
     case kQ4_1: return matmulPlanes<Q4_1>(m, begin, end, scratch);
