@@ -38,39 +38,23 @@ EARNEST_INLINE void storeRows(float* out, Vec::F x, int64_t count) {
   }
 }
 
-// Fetches each stream of weights some distance ahead, into the second cache: what the first cache
-// may have under way is too little for one core to fill its share of the memory bus (measured on
-// Zen 4, one thread: bf16 19 GB/s into the first, 29 into the second, of 31). The processor's own
-// prefetchers stop at the ends of pages, and cannot know that a stream goes on R panels further.
+// Fetches what N streams of weights will deliver some distance further on, into the second cache:
+// the processor's own prefetchers stop at the ends of pages and do not keep several streams that far
+// ahead. A single stream they follow by themselves; fetching for them made it slower by a quarter
+// (docs/log.md).
 template <class C, int N>
-struct Ahead {
-  // Codecs of few bits compute longer on what they read and want to look further; for the others
-  // that is too far (docs/log.md has the table).
-  static constexpr int64_t kAheadBytes = C::kBytes / C::kRuns < 512 ? 4096 : 1024;
-
-  const uint8_t* at[N];
-  const uint8_t* end[N];
-  int64_t jump;
-
-  EARNEST_INLINE Ahead(const uint8_t* const (&panels)[N], int64_t bytes) : jump((N - 1) * bytes) {
-    for (int r = 0; r < N; ++r) {
-      at[r] = panels[r] + kAheadBytes;
-      end[r] = panels[r] + bytes;
-      if (at[r] >= end[r]) at[r] += jump;
-    }
+EARNEST_INLINE void fetchAhead(const uint8_t* const (&w)[N], int run) {
+  if constexpr (N > 1 && !C::kCached) {
+    constexpr int kStep = C::kBytes / C::kRuns;  // bytes of 32 columns
+    // Codecs of few bits compute longer on what they read and want to look further; for the others
+    // that is too far (docs/log.md has the table).
+    constexpr int kDistance = kStep < 512 ? 4096 : 1024;
+    unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
+      for (int i = 0; i < kStep; i += 64)
+        __builtin_prefetch(w[r.value] + run * kStep + kDistance + i, 0, 2);
+    });
   }
-  // The lines of 32 columns.
-  EARNEST_INLINE void fetch() {
-    if constexpr (!C::kCached && N > 1) {
-      constexpr int kStep = C::kBytes / C::kRuns;
-      unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
-        for (int i = 0; i < kStep; i += 64) __builtin_prefetch(at[r.value] + i, 0, 2);
-        at[r.value] += kStep;
-        if (at[r.value] >= end[r.value] && at[r.value] < end[r.value] + kStep) at[r.value] += jump;
-      });
-    }
-  }
-};
+}
 
 template <int N>
 struct Columns {
@@ -89,13 +73,12 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[N], int64_t b
   });
   const uint8_t* w[N];
   for (int r = 0; r < N; ++r) w[r] = panels[r];
-  Ahead<C, N> ahead(panels, blocks / C::kRuns * C::kBytes);
   for (int64_t b = 0; b < blocks; b += C::kRuns) {
     typename C::Head head[N];
     unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA { head[r.value].load(w[r.value]); });
     for (int run = 0; run < C::kRuns; ++run) {
       const int64_t at = b + run;
-      ahead.fetch();
+      fetchAhead<C>(w, run);
       unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
         constexpr int kPairs = 4 / C::kParts;
         constexpr int kChains = N * T * P <= 2 ? 2 : 1;
@@ -177,12 +160,14 @@ Rows<T> rowsFrom(const Matmul& m, int64_t begin) {
   return rows;
 }
 
-// Panels [p, p + N), the last one of the matrix's part repeated.
+// The p-th of each N-th part of the panels [begin, end), the last one repeated. Parts that lie far
+// apart are streams of their own to the processor's prefetchers; neighbours confuse them.
 template <int N>
-Columns<N> columnsFrom(const Matmul& m, int64_t p, int64_t end, int64_t (&panels)[N]) {
+Columns<N> columnsFrom(const Matmul& m, int64_t begin, int64_t end, int64_t p, int64_t (&panels)[N]) {
   Columns<N> columns;
+  const int64_t part = (end - begin + N - 1) / N;
   for (int r = 0; r < N; ++r) {
-    panels[r] = p + r < end ? p + r : end - 1;
+    panels[r] = begin + r * part + p < end ? begin + r * part + p : end - 1;
     columns.at[r] = panels[r] * kPanelRows;
     const int64_t left = m.rows - columns.at[r];
     columns.count[r] = left < kPanelRows ? left : kPanelRows;
@@ -222,9 +207,9 @@ template <class C, int P, int N>
 __attribute__((noinline)) void matmulIntegers(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
   const int64_t blocks = m.columns / kBlock, tokens = m.x.tokens;
   const int64_t bytes = blocks / C::kRuns * C::kBytes;
-  for (int64_t p = begin; p < end; p += N) {
+  for (int64_t p = 0; p < (end - begin + N - 1) / N; ++p) {
     int64_t panel[N];
-    const Columns<N> columns = columnsFrom<N>(m, p, end, panel);
+    const Columns<N> columns = columnsFrom<N>(m, begin, end, p, panel);
     const uint8_t* w[N];
     for (int r = 0; r < N; ++r) w[r] = m.panels + panel[r] * bytes;
     if (tokens <= Vec::kUnexpanded) {
@@ -249,9 +234,10 @@ __attribute__((noinline)) void tileFloats(const uint8_t* const (&panels)[N], int
   unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
     unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA { acc[r.value][t.value] = Vec::zero(); });
   });
-  Ahead<C, N> ahead(panels, blocks * C::kBytes);
+  const uint8_t* w[N];
+  for (int r = 0; r < N; ++r) w[r] = panels[r];
   for (int64_t b = 0; b < blocks; ++b) {
-    ahead.fetch();
+    fetchAhead<C>(w, 0);
     Vec::F even[N][T], odd[N][T];
     unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
       unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
@@ -262,7 +248,7 @@ __attribute__((noinline)) void tileFloats(const uint8_t* const (&panels)[N], int
     for (int j = 0; j < 16; ++j) {
       Vec::F w0[N], w1[N];
       unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
-        C::pair(panels[r.value] + b * C::kBytes, j, w0[r.value], w1[r.value]);
+        C::pair(w[r.value], j, w0[r.value], w1[r.value]);
       });
       unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
         const Vec::F x0 = Vec::set1(x[t.value][32 * b + 2 * j]);
@@ -279,6 +265,7 @@ __attribute__((noinline)) void tileFloats(const uint8_t* const (&panels)[N], int
         a = Vec::add(a, Vec::add(even[r.value][t.value], odd[r.value][t.value]));
       });
     });
+    for (int r = 0; r < N; ++r) w[r] += C::kBytes;
   }
   unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
     unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
@@ -305,21 +292,18 @@ EARNEST_INLINE void floatTiles(const Matmul& m, const uint8_t* const (&w)[N],
 template <class C, int T, int N>
 void matmulFloats(const Matmul& m, int64_t begin, int64_t end) {
   const int64_t bytes = m.columns / kBlock * C::kBytes;
-  for (int64_t p = begin; p < end; p += N) {
+  for (int64_t p = 0; p < (end - begin + N - 1) / N; ++p) {
     int64_t panel[N];
-    const Columns<N> columns = columnsFrom<N>(m, p, end, panel);
+    const Columns<N> columns = columnsFrom<N>(m, begin, end, p, panel);
     const uint8_t* w[N];
     for (int r = 0; r < N; ++r) w[r] = m.panels + panel[r] * bytes;
     floatTiles<C, T, N>(m, w, columns);
   }
 }
 
-#ifndef KS
-#define KS 1
-#endif
 template <class C, int P>
 EARNEST_INLINE void matmulPanels(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
-  if (m.x.tokens <= KS) {
+  if (m.x.tokens == 1) {
     matmulIntegers<C, P, 1>(m, begin, end, scratch);
   } else {
     matmulIntegers<C, P, R>(m, begin, end, scratch);
