@@ -9,6 +9,7 @@
 
 #include "earnest/kernels.h"
 #include "earnest/step_kernels.h"
+#include "emulate/random.h"
 
 namespace earnest {
 extern const KernelTable kGeneric;
@@ -18,13 +19,6 @@ extern const KernelTable EARNEST_TIER;
 using namespace earnest;
 
 namespace {
-
-uint64_t state = 88172645463325252u;
-uint32_t random32() {
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return static_cast<uint32_t>(state >> 16);
-}
-float uniform() { return static_cast<float>(random32() & 0xffffff) / 8388608.0f - 1.0f; }
 
 // Random bits; half floats (and bf16) get exponents of moderate size by clearing their top bits.
 std::vector<uint8_t> randomPanels(int codec, int64_t panels, int64_t bytes) {

@@ -14,6 +14,7 @@
 #include <string>
 #include <vector>
 
+#include "emulate/random.h"
 #include "isa/isa.h"
 #include "model/step.h"
 
@@ -27,13 +28,6 @@ extern const KernelTable EARNEST_TIER;
 using namespace earnest;
 
 namespace {
-
-uint64_t state = 88172645463325252u;
-uint32_t random32() {
-  state ^= state << 13, state ^= state >> 7, state ^= state << 17;
-  return static_cast<uint32_t>(state >> 16);
-}
-float uniform() { return static_cast<float>(random32() & 0xffffff) / 8388608.0f - 1.0f; }
 
 struct Shape {
   int64_t heads, kv_heads, channels;
