@@ -9,6 +9,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
+from earnest import control_groups
 from earnest.errors import UserError
 
 
@@ -106,7 +107,14 @@ def memory_budget() -> int:
 
 
 def free_memory() -> int:
-    """Bytes of memory that can be taken now without swapping; 4 GiB where that is unknown."""
+    """Bytes of memory that can be taken now without swapping and within the limits of this
+    process's control groups; 4 GiB where that is unknown."""
+    machine = _free_memory_of_machine()
+    allowed = control_groups.free_memory()
+    return machine if allowed is None else min(machine, allowed)
+
+
+def _free_memory_of_machine() -> int:
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 import earnest as earnest_package
-from earnest.cli.main import VERBS
+from earnest.cli.main import VERBS, main
 from earnest.runners.native import isa
 
 EARNEST = [sys.executable, "-m", "earnest"]
@@ -161,6 +161,20 @@ def test_run_without_kernels_says_so_once_and_runs() -> None:
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("without its compiled kernels") == 1
     assert "runner reference" in done.stderr
+
+
+@pytest.mark.skipif(not isa.installed(), reason="the compiled kernels are not built")
+def test_what_the_runner_warns_of_is_told_once_and_beside_the_result(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In this process: a model of 260,000 weights is not worth packing otherwise."""
+    monkeypatch.setattr("earnest.runners.native.runner._WORTH_PACKING", 1000)
+    with pytest.raises(SystemExit) as ended:
+        main(["run", "stories", "-p", "Once", "--max-tokens", "1", "--json"])
+    said = capsys.readouterr()
+    assert ended.value.code in (0, None)
+    assert said.err.count("earnest pack") == 1
+    assert json.loads(said.out)
 
 
 def test_run_is_reproducible_with_a_seed() -> None:

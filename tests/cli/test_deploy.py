@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from pathlib import Path
+from typing import Any
 
+import click
 import pytest
 
+from earnest.cli import deploy, serve
 from earnest.cli.main import main
+from earnest.errors import MachineError
 
 pytest.importorskip("ray", reason="Ray is not installed")
 
@@ -65,3 +70,63 @@ def test_a_port_that_somebody_has_and_a_model_that_nobody_has(
     (tmp_path / "model.gguf").write_bytes(b"nonsense")
     code, told = refused(capsys, str(tmp_path / "model.gguf"), "--port", port)
     assert code == 3 and "model.gguf" in told
+
+
+def without(path: Path, part: str) -> None:
+    """Leave the tensors out of a safetensors file whose names contain `part`."""
+    data = path.read_bytes()
+    begin = 8 + int.from_bytes(data[:8], "little")
+    header, kept, body = json.loads(data[8:begin]), dict[str, Any](), b""
+    for name, found in header.items():
+        if name == "__metadata__":
+            kept[name] = found
+        elif part not in name:
+            first, last = found["data_offsets"]
+            kept[name] = found | {"data_offsets": [len(body), len(body) + last - first]}
+            body += data[begin + first : begin + last]
+    assert len(kept) < len(header)
+    text = json.dumps(kept).encode()
+    text += b" " * (-len(text) % 8)
+    path.write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def test_what_serve_and_deploy_share() -> None:
+    def options(command: click.Command) -> dict[str, dict[str, Any]]:
+        return {p.name: p.to_info_dict() for p in command.params if p.name and p.name != "model"}
+
+    serving, deploying = options(serve.command), options(deploy.command)
+    # What only a cluster has; everything else is an option of `earnest serve`, the same one.
+    assert set(deploying) - set(serving) == {"replicas", "max_replicas", "cpus", "address"}
+    unlike = {name for name in set(serving) & set(deploying) if serving[name] != deploying[name]}
+    assert unlike == {"port"}  # of a cluster's proxies there is none that tells which it took
+    assert serving["port"]["default"] == deploying["port"]["default"] == 8000
+    assert (serving["port"]["type"]["min"], deploying["port"]["type"]["min"]) == (0, 1)
+
+
+def test_a_model_without_its_correction_bias(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+
+    from earnest.serve import ray_app
+
+    def no_cluster(**_: object) -> None:
+        raise MachineError("no cluster today")
+
+    build, built = ray_app.build, list[dict[str, Any]]()
+    monkeypatch.setattr(ray, "init", no_cluster)
+    monkeypatch.setattr(ray_app, "build", lambda given: (built.append(given), build(given))[1])
+    path = str(tmp_path / "moe")
+    with pytest.raises(SystemExit):
+        main(["synth", path, "--preset", "small-moe"])
+    (weights,) = Path(path).glob("*.safetensors")
+    without(weights, "e_score")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    code, told = refused(capsys, path, "--port", port)
+    assert code == 3 and "correction" in told
+    code, told = refused(capsys, path, "--port", port, "--allow-missing-correction-bias")
+    assert code == 4 and "no cluster today" in told
+    assert [given["allow_missing_correction_bias"] for given in built] == [False, True]
+    assert ray_app.Options.model_validate(built[1]).allow_missing_correction_bias

@@ -23,7 +23,7 @@ def test_looking_needs_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     assert seen.compiled_tiers is None
     assert 1 <= seen.threads <= seen.allowed <= seen.cores
     assert seen.free_memory > 0
-    monkeypatch.setattr(machine, "cpu_quota", lambda: 0.5)
+    monkeypatch.setattr(machine.control_groups, "cpu_quota", lambda: 0.5)
     assert machine.look().threads == 1
 
 
@@ -52,42 +52,6 @@ def test_without_memory_nothing_is_measured(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(machine.env, "free_memory", lambda: 2**20)
     with pytest.raises(MemoryBudgetError, match="too little memory"):
         machine.measure_rates(1)
-
-
-@pytest.mark.parametrize(
-    ("groups", "files", "expected"),
-    [
-        ("0::/a/b", {"a/b/cpu.max": "150000 100000"}, 1.5),
-        ("0::/a/b", {"a/b/cpu.max": "max 100000", "a/cpu.max": "50000 100000"}, 0.5),
-        ("0::/a/b", {"a/cpu.max": "400000 100000", "cpu.max": "200000 100000"}, 2),
-        ("0::/a", {"a/cpu.max": "max 100000"}, None),
-        ("0::/a", {"a/cpu.max": "nonsense"}, None),
-        ("0::/", {}, None),
-        ("nonsense", {}, None),
-        ("", {}, None),
-        (
-            "4:cpu,cpuacct:/c",
-            {"cpu/c/cpu.cfs_quota_us": "300000", "cpu/c/cpu.cfs_period_us": "100000"},
-            3,
-        ),
-        (
-            "4:cpu:/c",
-            {"cpu/c/cpu.cfs_quota_us": "-1", "cpu/c/cpu.cfs_period_us": "100000"},
-            None,
-        ),
-        ("5:memory:/m", {"cpu/m/cpu.max": "100000 100000"}, None),
-    ],
-)
-def test_the_tightest_quota_counts(
-    tmp_path: Path, groups: str, files: dict[str, str], expected: float | None
-) -> None:
-    root = tmp_path / "root"
-    root.mkdir()
-    for name, text in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_text(text)
-    (tmp_path / "groups").write_text(groups)
-    assert machine.cpu_quota(tmp_path / "groups", root) == expected
 
 
 def test_caches_are_read_and_instructions_left_out(tmp_path: Path) -> None:

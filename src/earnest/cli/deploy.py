@@ -13,8 +13,9 @@ import click
 
 from earnest import env, hub
 from earnest.checkpoint import open_checkpoint
-from earnest.cli.runner_options import RunnerOptions, runner_options
-from earnest.cli.terminal import notice, out, progress_bar, speculation_option
+from earnest.cli.runner_options import RunnerOptions
+from earnest.cli.serving_options import serving_options
+from earnest.cli.terminal import notice, out, progress_bar
 from earnest.errors import MachineError, MissingPackageError, UserError
 
 # Bytes of Ray's object store: requests and answers are small, and weights never go there.
@@ -43,27 +44,8 @@ Examples:
     show_default=True,
     help="CPUs of each, and threads it computes with unless --threads says otherwise.",
 )
-@click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
-@runner_options
-@speculation_option
-@click.option("--name", help="What clients call the model; by default the name of its file.")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port", type=click.IntRange(1, 65535), default=8000, show_default=True, help="Its port."
-)
-@click.option(
-    "--api-key-file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A file with a key on each line (also EARNEST_API_KEY).",
-)
+@serving_options(any_port=False)
 @click.option("--address", help="A cluster that runs already (auto finds it); else one is started.")
-@click.option(
-    "--drain",
-    type=click.FloatRange(0),
-    default=30.0,
-    show_default=True,
-    help="Seconds for answers under way when a replica is told to end.",
-)
 def command(
     model: str,
     replicas: int,
@@ -77,6 +59,7 @@ def command(
     api_key_file: Path | None,
     address: str | None,
     drain: float,
+    allow_missing_correction_bias: bool,
     **how: Unpack[RunnerOptions],
 ) -> None:
     """Serve MODEL with several engines on a Ray cluster, until Ctrl-C or SIGTERM.
@@ -109,6 +92,7 @@ def command(
         "speculation": speculation,
         "api_key_file": api_key_file,
         "drain": drain,
+        "allow_missing_correction_bias": allow_missing_correction_bias,
         **how,
     }
     if max_replicas is not None:
@@ -118,7 +102,8 @@ def command(
         listen(Address(host, port)).close()  # somebody else's port is better noticed now
         with progress_bar("opening") as progress:
             path = hub.locate(model, progress=progress, notice=notice)
-        open_checkpoint(path)  # what is wrong with it is better said now than by every replica
+        # What is wrong with it is better said now than by every replica.
+        open_checkpoint(path, allow_missing_correction_bias=allow_missing_correction_bias)
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     ended = threading.Event()
     ray.init(

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import sys
 
 import click
 
 from earnest.errors import EarnestError, MemoryBudgetError
+from earnest.log import logger
 
 # Verb to the line shown by --help. Modules are imported only when their verb is used, so that
 # --help and completion answer at once.
@@ -71,8 +73,21 @@ def group() -> None:
     """ERNIE 4.5, in earnest: open, prove and run ERNIE-4.5 checkpoints on the machine you own."""
 
 
+class _Warnings(logging.Handler):
+    """What the library warns of, told to the person. (A server has a log, which replaces this.)"""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from earnest.cli.terminal import notice
+
+        notice(record.getMessage())
+
+
+_WARNINGS = _Warnings(logging.WARNING)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `earnest` command; does not return."""
+    logger.addHandler(_WARNINGS)
     argv = sys.argv[1:] if arguments is None else arguments
     try:
         status = group.main(args=argv, prog_name="earnest", standalone_mode=False)

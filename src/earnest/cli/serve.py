@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Literal, Unpack
 import click
 
 from earnest import env
-from earnest.cli.runner_options import RunnerOptions, runner_options
-from earnest.cli.terminal import allow_bias_option, notice, out, progress_bar, speculation_option
+from earnest.cli.runner_options import RunnerOptions
+from earnest.cli.serving_options import serving_options
+from earnest.cli.terminal import notice, out, progress_bar
 from earnest.engine import load
 from earnest.errors import MissingPackageError, UserError
 
@@ -28,28 +29,12 @@ Examples:
 
 @click.command(epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
 @click.argument("model", metavar="MODEL")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option(
-    "--port",
-    type=click.IntRange(0, 65535),
-    default=8000,
-    show_default=True,
-    help="Port to listen on; 0 takes any that is free.",
-)
+@serving_options(any_port=True)
 @click.option("--unix-socket", type=click.Path(path_type=Path), help="Listen on this socket file.")
-@click.option("--name", help="What clients call the model; by default the name of its file.")
 @click.option("--api-key", multiple=True, help="A key that lets clients in (also EARNEST_API_KEY).")
-@click.option(
-    "--api-key-file",
-    type=click.Path(path_type=Path, exists=True, dir_okay=False),
-    help="A file with a key on each line.",
-)
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let web pages of ORIGIN call it.")
 @click.option("--tls-certificate", type=click.Path(path_type=Path, exists=True, dir_okay=False))
 @click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--context", type=click.IntRange(1), help="Tokens that a conversation may have.")
-@runner_options
-@speculation_option
 @click.option(
     "--max-waiting",
     type=click.IntRange(1),
@@ -58,13 +43,6 @@ Examples:
     help="Answers that may wait; then clients are told to come again.",
 )
 @click.option("--timeout", type=click.FloatRange(0, min_open=True), help="Seconds for an answer.")
-@click.option(
-    "--drain",
-    type=click.FloatRange(0),
-    default=30.0,
-    show_default=True,
-    help="Seconds for answers under way when the server is told to end.",
-)
 @click.option(
     "--log-level",
     type=click.Choice(["debug", "info", "warning", "error"]),
@@ -84,7 +62,6 @@ Examples:
     metavar="URL",
     help="Send OpenTelemetry traces there (also OTEL_EXPORTER_OTLP_TRACES_ENDPOINT).",
 )
-@allow_bias_option
 def command(
     model: str,
     host: str,

@@ -13,14 +13,13 @@ import os
 import platform
 import statistics
 import sys
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from earnest import env
+from earnest import control_groups, env
 from earnest.codecs.bits import Bytes
 from earnest.codecs.registry import codec
 from earnest.config import PRESETS, Accounting, ErnieConfig
@@ -114,7 +113,7 @@ def look() -> Machine:
     """
     cores = os.cpu_count() or 1
     allowed = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(cores))
-    quota = cpu_quota()
+    quota = control_groups.cpu_quota()
     kernels = isa.installed()
     if kernels:
         threads = ops.usable_threads()
@@ -210,38 +209,6 @@ def peak_memory() -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def cpu_quota(
-    groups: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
-) -> float | None:
-    """Processors' worth of time that this process's control groups and their parents allow, the
-    least of all; None for no limit. Versions 1 and 2."""
-    limits: list[float] = []
-    for line in _text(groups).splitlines():
-        _, controllers, path = [*line.split(":", 2), "", ""][:3]
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        base = root / "cpu" if controllers else root
-        folder = base / path.lstrip("/")
-        for each in (folder, *folder.parents):
-            if not each.is_relative_to(base):
-                break
-            limits += _limit(each)
-    return min(limits, default=None)
-
-
-def _limit(folder: Path) -> Iterable[float]:
-    words = _text(folder / "cpu.max").split()  # version 2: "max 100000" or "150000 100000"
-    if len(words) != 2:
-        words = (
-            _text(folder / "cpu.cfs_quota_us").split() + _text(folder / "cpu.cfs_period_us").split()
-        )
-    try:
-        quota, period = (float(word) for word in words)
-    except ValueError:
-        return []
-    return [quota / period] if quota > 0 and period > 0 else []
 
 
 def _caches(folder: Path) -> tuple[Cache, ...]:
