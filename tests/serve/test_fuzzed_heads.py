@@ -189,8 +189,10 @@ def test_whatever_comes_the_server_stays(start_process: Callable[..., Process]) 
 
     def listen() -> None:
         assert server.process.stderr is not None
+        follows = False  # one of the lines of a traceback
         for line in server.process.stderr:
-            if "Traceback" in line or not line.rstrip("\n").isprintable():
+            follows = "Traceback" in line or (follows and line.startswith(" "))
+            if follows or " error " in line or not line.rstrip("\n").isprintable():
                 told.append(line)
 
     listener = threading.Thread(target=listen)

@@ -40,9 +40,9 @@ def connection_of(limits: Limits) -> type[asyncio.Protocol]:
             if cycle is not None and not cycle.response_complete:  # or it would answer, too
                 cycle.disconnected = True
                 cycle.message_event.set()
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):
+            try:
                 super().send_400_response(msg)
-            else:  # an answer has begun, or is over
+            except h11.LocalProtocolError:  # an answer has begun or is over, or HEAD takes no text
                 self.transport.close()
 
         def pause_writing(self) -> None:
