@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import socket
+import time
 from collections.abc import Callable
 
 import httpx
@@ -39,3 +40,24 @@ def test_every_answer_has_an_id(start: Callable[..., Server], path: str) -> None
 def test_wrong_methods_are_told_the_right_ones(server: Server) -> None:
     reply = httpx.get(f"{server.url}/v1/completions")
     assert reply.status_code == 405 and reply.headers["allow"] == "POST"
+
+
+CHUNKED = b"%s HTTP/1.1\r\nhost: x\r\ntransfer-encoding: chunked\r\n\r\n"
+
+
+@pytest.mark.parametrize("path", [b"/v1/completions", b"/nowhere", b"/health"])
+@pytest.mark.parametrize("method", [b"POST", b"HEAD"])
+@pytest.mark.parametrize("pause", [0, 0.2])
+def test_a_body_that_is_no_http_is_answered_once(
+    server: Server, caplog: pytest.LogCaptureFixture, path: bytes, method: bytes, pause: float
+) -> None:
+    head = CHUNKED % b" ".join([method, path])
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as client:
+        client.sendall(head if pause else head + b"nonsense\r\n")
+        if pause:  # who needs no body has answered by now
+            time.sleep(pause)
+            client.sendall(b"nonsense\r\n")
+        found = b"".join(iter(lambda: client.recv(4096), b""))
+    assert found.count(b"HTTP/1.1 ") == 1 and re.match(rb"HTTP/1.1 (4|200)", found), found
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    assert not [record for record in caplog.records if record.exc_info]

@@ -116,6 +116,34 @@ def test_a_tool_that_must_be_called(client: openai.OpenAI, choice: Any) -> None:
     assert [item.type for item in left.output] == ["message"]
 
 
+NONSENSE = {"type": "function", "name": "odd", "parameters": {"type": "nonsense"}}
+BY_DEFAULT = {k: v for k, v in TOOL.items() if k != "strict"}
+
+
+@pytest.mark.parametrize(
+    ("tools", "strict"),
+    [
+        ([BY_DEFAULT], [True]),
+        ([TOOL | {"strict": None}], [True]),
+        ([TOOL | {"strict": False}], [False]),
+        ([BY_DEFAULT, NONSENSE], [True, False]),
+        ([TOOL, NONSENSE], [True, False]),
+        ([NONSENSE], [False]),
+        ([NONSENSE | {"strict": False}], [False]),
+    ],
+)
+def test_which_tools_are_strict(
+    client: openai.OpenAI, tools: list[dict[str, Any]], strict: list[bool]
+) -> None:
+    found = create(client, max_output_tokens=2, tools=tools)
+    assert [tool.strict for tool in found.tools] == strict
+
+
+def test_strict_is_refused_where_it_was_asked_for(client: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="the tool odd cannot be strict"):
+        create(client, tools=[TOOL, NONSENSE | {"strict": True}])
+
+
 def test_structure(client: openai.OpenAI) -> None:
     found = create(client, text={"format": FORMAT}, max_output_tokens=80)
     assert found.status == "completed"

@@ -11,8 +11,11 @@ import numpy as np
 import pytest
 from running import Server
 
+from earnest.engine import SamplingParams
 from earnest.engine.language_model import LanguageModel
 from earnest.serve import answering
+from earnest.serve.bodies import tool
+from earnest.serve.formats import form_of
 from earnest.serve.grammar import Grammars
 from earnest.serve.strict_calls import CLOSE, OPEN, Overruns, StrictCalls
 
@@ -159,6 +162,14 @@ FUNCTION = {"name": "travel", "parameters": SCHEMA}
                 "tools": [{"type": "function", "strict": True, **FUNCTION}],
             },
         ),
+        (  # strict by default
+            "/v1/responses",
+            {
+                "input": "How long in Oslo?",
+                "max_output_tokens": 300,
+                "tools": [{"type": "function", **FUNCTION}],
+            },
+        ),
         (
             "/v1/messages",
             {
@@ -178,11 +189,48 @@ def test_a_strict_tool_under_auto(
     reply = httpx.post(f"{server.url}{path}", json=body, timeout=60)
     assert reply.status_code == 200, reply.text
     found = re.search(r'\{\\?"city\\?": ?\\?"(Rome|Oslo)\\?", ?\\?"days\\?": ?-?\d+\}', reply.text)
-    assert found and "travel" in reply.text
+    assert found and "travel" in reply.text, reply.text
+
+
+def odd(number: int) -> dict[str, Any]:
+    return tool(f"odd{number}", None, {"type": "nonsense"})
+
+
+# Each of them can be followed; all of them together are too much.
+LONG = [tool(f"long{n}", None, {"enum": [f"{n}{'x' * 30_000}"]}) for n in range(3)]
+GOOD = tool("good", None, SCHEMA)
+
+
+@pytest.mark.parametrize(
+    ("tools", "asked", "loose"),
+    [
+        ([GOOD, LONG[0]], {"good"}, set()),
+        ([GOOD, odd(1)], set(), {"odd1"}),
+        ([GOOD, *LONG], {"good"}, {"long0", "long1", "long2"}),
+        (LONG, set(), {"long0", "long1", "long2"}),
+        ([GOOD, *map(odd, range(70))], {"good"}, {f"odd{n}" for n in range(70)}),
+        ([], set(), set()),
+    ],
+)
+def test_strict_by_default_where_it_can_be(
+    server: Server, tools: list[dict[str, Any]], asked: set[str], loose: set[str]
+) -> None:
+    names = frozenset(each["function"]["name"] for each in tools)
+    talk = answering.Talk(
+        [],
+        SamplingParams(),
+        tools=tools,
+        strict=frozenset(asked),
+        strict_by_default=names - asked,
+    )
+    form = form_of("")
+    made, found = answering._strict(server.served, talk, tools, form)
+    assert found == loose
+    assert (made is not None) == bool(names - loose)
 
 
 def test_a_strict_tool_with_a_bad_schema_is_refused(server: Server) -> None:
-    tool = {"name": "f", "strict": True, "parameters": {"type": "nonsense"}}
-    body = CHAT | {"tools": [{"type": "function", "function": tool}]}
+    function = {"name": "f", "strict": True, "parameters": {"type": "nonsense"}}
+    body = CHAT | {"tools": [{"type": "function", "function": function}]}
     reply = httpx.post(f"{server.url}/v1/chat/completions", json=body)
-    assert reply.status_code == 400 and "grammar" in reply.text
+    assert reply.status_code == 400 and "the tool f cannot be strict" in reply.text

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from earnest.engine import Request, SamplingParams, TokenEvent
 from earnest.engine.constraint import Constraint
-from earnest.errors import ChatUnsupportedError, PromptError
+from earnest.errors import ChatUnsupportedError, GrammarError, PromptError
 from earnest.serve.blocks import Block, Blocks
 from earnest.serve.constraints import Banned, ThinkingBudget
 from earnest.serve.formats import Delta, Form, OutputParser, calls_schema, form_of, with_tools
@@ -36,6 +36,7 @@ class Ask:
         salt: only requests of the same salt, and of the same tenant, share computed prefixes.
         priority: the lower, the sooner.
         one_call: end after the first call of a tool.
+        loose: names of tools that were to be strict by default, and cannot.
     """
 
     prompt_ids: tuple[int, ...]
@@ -46,6 +47,7 @@ class Ask:
     salt: bytes = b""
     priority: int = 0
     one_call: bool = False
+    loose: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -194,6 +196,7 @@ class Talk:
         tool_choice: "auto", "none", "required", or the name of one.
         parallel_calls: whether an answer may call several tools.
         strict: names of the tools whose calls follow their parameters' schema, however they come.
+        strict_by_default: the same, unless no grammar can follow their schema.
         variables: more variables for the template.
         grammar: of the answer; None: it is free.
         thinking_tokens: most tokens of thoughts; None: as many as it takes.
@@ -207,6 +210,7 @@ class Talk:
     tool_choice: str = "auto"
     parallel_calls: bool = True
     strict: frozenset[str] = frozenset()
+    strict_by_default: frozenset[str] = frozenset()
     variables: Mapping[str, Any] = field(default_factory=dict)
     grammar: MakeGrammar | None = None
     thinking_tokens: int | None = None
@@ -235,6 +239,7 @@ def ask_of(served: Served, talk: Talk) -> Ask:
     ids = served.model.chat_ids(messages, tools=given, **talk.variables)
     tail = served.model.tokenizer.decode(ids[-16:], skip_special_tokens=False)
     form = form_of(template.source, tail)
+    constraint, loose = _constraint(served, talk, tools, form)
     return Ask(
         prompt_ids=tuple(ids),
         sampling=replace(talk.sampling, skip_special_tokens=False)
@@ -242,10 +247,11 @@ def ask_of(served: Served, talk: Talk) -> Ask:
         else talk.sampling,
         count=talk.count,
         parser=lambda: OutputParser(thinks=form.thinks, tools=bool(tools)),
-        constraint=_constraint(served, talk, tools, form),
+        constraint=constraint,
         salt=talk.salt,
         priority=talk.priority,
         one_call=not talk.parallel_calls,
+        loose=loose,
     )
 
 
@@ -266,8 +272,10 @@ def _chosen(talk: Talk) -> list[Mapping[str, Any]]:
 
 def _constraint(
     served: Served, talk: Talk, tools: Sequence[Mapping[str, Any]], form: Form
-) -> MakeConstraint | None:
+) -> tuple[MakeConstraint | None, frozenset[str]]:
+    """What the text must follow, and the tools that are `Ask.loose`."""
     grammar: str | None = None
+    loose = frozenset[str]()
     if tools and talk.tool_choice != "auto":
         schema = calls_schema(tools, form, several=talk.parallel_calls)
         several = talk.parallel_calls and form.takes_tools
@@ -277,26 +285,62 @@ def _constraint(
     if grammar is not None and form.thinks:
         grammar = served.grammars.after_thinking(grammar)
     made = None if grammar is None else served.grammars.constraint(grammar)
-    if made is None and any(_name(tool) in talk.strict for tool in tools):
-        made = _strict(served, talk, tools, form)
+    if made is None:
+        made, loose = _strict(served, talk, tools, form)
     if talk.thinking_tokens is not None and form.thinks:
         made = _thinking(served, talk.thinking_tokens, made)
-    return banning(served, talk.bad_words, made)
+    return banning(served, talk.bad_words, made), loose
+
+
+# Tools whose schemas are looked at one by one, to find those that cannot be followed.
+_MOST_TRIED = 64
 
 
 def _strict(
     served: Served, talk: Talk, tools: Sequence[Mapping[str, Any]], form: Form
-) -> MakeConstraint:
+) -> tuple[MakeConstraint | None, frozenset[str]]:
     """Calls are not asked for; if they come, they are of a known tool and follow its schema where
-    it is strict."""
-    followed = [
-        tool if _name(tool) in talk.strict else {"function": {"name": _name(tool)}}
-        for tool in tools
-    ]
-    schema = calls_schema(followed, form, several=talk.parallel_calls)
-    inside = served.grammars.constraint(served.grammars.call(schema))
-    overruns, pieces = served.overruns, served.pieces
-    return lambda: StrictCalls(inside, overruns, pieces, thinks=form.thinks)
+    it is strict. Returns the tools that are `Ask.loose`, too."""
+    there = frozenset(map(_name, tools))
+    asked = talk.strict & there
+    wanted = asked | (talk.strict_by_default & there)
+
+    def calls_of(strict: Set[str], of: Sequence[Mapping[str, Any]]) -> MakeConstraint | None:
+        if not strict:
+            return None
+        followed = [t if _name(t) in strict else {"function": {"name": _name(t)}} for t in of]
+        schema = calls_schema(followed, form, several=talk.parallel_calls)
+        return served.grammars.constraint(served.grammars.call(schema))
+
+    def able(tool: Mapping[str, Any]) -> bool:
+        name = _name(tool)
+        try:
+            return calls_of(wanted & {name}, [tool]) is not None
+        except GrammarError as error:
+            if name not in asked:
+                return False
+            problem = f"the tool {name} cannot be strict: {error.problem}"
+            raise GrammarError(problem, got=error.got, expected=error.expected) from error
+
+    def attempts() -> Iterator[frozenset[str]]:
+        yield wanted
+        if len(tools) <= _MOST_TRIED:
+            yield frozenset(_name(tool) for tool in tools if able(tool))
+        yield asked
+
+    for strict in attempts():
+        try:
+            inside = calls_of(strict, tools)
+        except GrammarError as error:
+            problem = error
+        else:
+            break
+    else:
+        raise problem
+    if inside is None:
+        return None, wanted
+    overruns, pieces, make = served.overruns, served.pieces, inside
+    return lambda: StrictCalls(make, overruns, pieces, thinks=form.thinks), wanted - strict
 
 
 def _name(tool: Mapping[str, Any]) -> str:

@@ -3,6 +3,9 @@
 uvicorn bounds how long a connection may lie idle between requests, and the `Gate` how long a body
 may take. Two things are left, either of which would hold a connection for ever: a head that comes
 byte by byte or not at all (the "slow loris"), and an answer that nobody reads.
+
+Beside that, a request whose body turns out to be no HTTP is answered once: uvicorn says 400, and
+would let the application answer the same request.
 """
 
 from __future__ import annotations
@@ -31,6 +34,16 @@ def connection_of(limits: Limits) -> type[asyncio.Protocol]:
                 self._head.stop()
             elif self.timeout_keep_alive_task is None:  # the beginning of a request
                 self._head.start(limits.head_seconds)
+
+        def send_400_response(self, msg: str) -> None:
+            cycle = self.cycle
+            if cycle is not None and not cycle.response_complete:  # or it would answer, too
+                cycle.disconnected = True
+                cycle.message_event.set()
+            try:
+                super().send_400_response(msg)
+            except h11.LocalProtocolError:  # an answer has begun or is over, or HEAD takes no text
+                self.transport.close()
 
         def pause_writing(self) -> None:
             super().pause_writing()

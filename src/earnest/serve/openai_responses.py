@@ -116,7 +116,7 @@ Item = Annotated[
 
 
 class FunctionTool(Strict):
-    """A tool that may be called."""
+    """A tool that may be called; strict unless it says otherwise, or no grammar can follow it."""
 
     type: Literal["function"]
     name: str = Field(min_length=1, max_length=256)
@@ -236,6 +236,7 @@ def talk_of(served: Served, body: ResponsesBody) -> Talk:
         ),
         tools=[tool(t.name, t.description, t.parameters) for t in body.tools or ()],
         strict=frozenset(t.name for t in body.tools or () if t.strict),
+        strict_by_default=frozenset(t.name for t in body.tools or () if t.strict is None),
         tool_choice=choice if isinstance(choice, str) else choice.name,
         parallel_calls=body.parallel_tool_calls is not False,
         variables=thinking_variables(effort),
@@ -369,7 +370,10 @@ class _Reply:
             "top_p": sampling.top_p,
             "text": {"format": {"type": "text"}} | (_dumped(body.text) if body.text else {}),
             "tool_choice": _dumped(body.tool_choice or "auto"),
-            "tools": [_dumped(one) for one in body.tools or ()],
+            "tools": [
+                {"strict": one.name not in self._ask.loose} | _dumped(one)
+                for one in body.tools or ()
+            ],
             "truncation": "disabled",
             "metadata": body.metadata or {},
             "user": body.user,

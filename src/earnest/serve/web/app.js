@@ -2,7 +2,7 @@
 
 import { Answer } from "./answer.js";
 import { served as askServed } from "./api.js";
-import { askKey, showFailure } from "./banner.js";
+import { askKey, showFailure, showProblem } from "./banner.js";
 import { openCard } from "./card.js";
 import {
   addNode,
@@ -16,6 +16,7 @@ import {
   versionsOf,
 } from "./conversation.js";
 import { announce, byId, download, el, toast } from "./dom.js";
+import { readConversations, Refused } from "./import.js";
 import { MessageView } from "./message.js";
 import { changes, closeByScrim, openSettings, settings } from "./settings.js";
 import { Sidebar } from "./sidebar.js";
@@ -220,7 +221,29 @@ const acts = {
     if (kind === "md") download(fileName(found, "md"), "text/markdown", asMarkdown(found));
     else download(fileName(found, "json"), "application/json", JSON.stringify(found, null, 1));
   },
+  chooseFile: () => byId("file").click(),
 };
+
+/** Add what a file holds to the conversations: all of it, or nothing. */
+async function importFile(file) {
+  let found;
+  try {
+    found = await readConversations(file);
+    await store.put(...found);
+  } catch (error) {
+    const [why, remedy] =
+      error instanceof Refused
+        ? [error.message, "Choose a file that “Export as JSON” or “Export all” has written."]
+        : ["This browser has no room for it.", "Delete conversations, or import fewer."];
+    const close = () => (served ? byId("banner").replaceChildren() : connect());
+    showProblem(`Nothing was imported from ${file.name}.`, `${why} ${remedy}`, { "Choose another file": acts.chooseFile, Close: close });
+    return;
+  }
+  if (served) byId("banner").replaceChildren(); // what was said of another file
+  if (found.length === 1) await open(found[0].id);
+  else await showList();
+  toast(found.length === 1 ? "Conversation imported." : `${found.length.toLocaleString("en")} conversations imported.`);
+}
 
 // --- answers --------------------------------------------------------------------------------------
 
@@ -310,6 +333,7 @@ function showSettings() {
     },
     onChange: showState,
     onKey: () => enterKey(),
+    chooseFile: acts.chooseFile,
     exportAll: async () =>
       download("earnest-conversations.json", "application/json", JSON.stringify(await store.all(), null, 1)),
     deleteAll: async () => {
@@ -377,6 +401,11 @@ byId("to-end").addEventListener("click", () => toEnd(!matchMedia("(prefers-reduc
 scroll.addEventListener("scroll", () => {
   follows = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < NEAR;
   byId("to-end").hidden = follows;
+});
+byId("file").addEventListener("change", ({ target }) => {
+  const [file] = target.files;
+  if (file) importFile(file);
+  target.value = ""; // the same one can be chosen again
 });
 for (const id of ["settings", "card", "key"]) closeByScrim(byId(id));
 document.addEventListener("keydown", onKey);

@@ -1,29 +1,35 @@
-// What both pages say when the server does not answer them: a banner, and the question for the key.
+// What the pages say when something does not work, such as the server: a banner, and the question for the key.
 
 import { apiKey, Failure, keyIsKept, setApiKey } from "./api.js";
 import { byId, el } from "./dom.js";
 
+/** Say above the page what did not work, and what helps. `buttons`: label to what it does. */
+export function showProblem(title, remedy, buttons) {
+  byId("banner").replaceChildren(
+    el(
+      "div",
+      { class: "problem" },
+      el("p", {}, el("strong", { text: title }), " ", remedy),
+      el(
+        "p",
+        { class: "buttons" },
+        ...Object.entries(buttons).map(([text, act]) => el("button", { type: "button", class: "link", text, on: { click: act } })),
+      ),
+    ),
+  );
+}
+
 /**
- * Say above the page what went wrong; ask for the key if that is what is missing.
+ * Say what is wrong with the server; ask for the key if that is what is missing.
  * @param {Error} error
  * @param {object} acts `again()` tries again, `enterKey(failure)` asks for the key.
  */
 export function showFailure(error, { again, enterKey }) {
   const failure = error instanceof Failure ? error : new Failure("other", "The page failed.", "Reload it.");
-  const button = (text, act) => el("button", { type: "button", class: "link", text, on: { click: act } });
-  byId("banner").replaceChildren(
-    el(
-      "div",
-      { class: "problem" },
-      el("p", {}, el("strong", { text: failure.title }), " ", failure.remedy),
-      el(
-        "p",
-        { class: "buttons" },
-        ...(failure.kind === "key" ? [button("Enter the key", () => enterKey(failure))] : []),
-        button("Try again", again),
-      ),
-    ),
-  );
+  showProblem(failure.title, failure.remedy, {
+    ...(failure.kind === "key" && { "Enter the key": () => enterKey(failure) }),
+    "Try again": again,
+  });
   if (failure.kind === "key") enterKey(failure);
 }
 

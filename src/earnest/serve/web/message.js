@@ -4,6 +4,8 @@ import { copyButton, el, icon, iconButton } from "./dom.js";
 import { show } from "./markdown.js";
 import { tokenView } from "./tokens.js";
 
+const MOST_MARKED = 100_000; // characters; longer answers are shown as they are written, at once
+
 const seconds = (value) => (value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`);
 
 /**
@@ -19,7 +21,7 @@ export class MessageView {
   constructor(node, kind, acts) {
     Object.assign(this, { node, kind, acts });
     const answer = node.role === "assistant";
-    this.body = el("div", { class: answer && kind === "chat" ? "body prose" : "body plain", dir: "auto", lang: "" });
+    this.body = el("div", { class: "body", dir: "auto", lang: "" });
     this.article = el("article", { "aria-label": answer ? "Model" : "You" });
     this.element = el("li", { class: `message ${node.role} ${kind}` }, this.article);
     if (answer) {
@@ -55,7 +57,9 @@ export class MessageView {
 
   #showText() {
     const { node } = this;
-    if (node.role === "assistant" && this.kind === "chat") show(this.body, node.content);
+    const marked = node.role === "assistant" && this.kind === "chat" && node.content.length <= MOST_MARKED;
+    this.body.className = marked ? "body prose" : "body plain";
+    if (marked) show(this.body, node.content);
     else if (this.body.textContent !== node.content) this.body.textContent = node.content;
   }
 

@@ -55,7 +55,7 @@ export function closeByScrim(dialog) {
 /**
  * Show the settings.
  * @param {object} context `served` (or null), `conversation`, and what to call: onSystem(text),
- *   onChange(), onKey(), exportAll(), deleteAll().
+ *   onChange(), onKey(), exportAll(), chooseFile(), deleteAll().
  */
 export function openSettings(context) {
   const dialog = byId("settings");
@@ -207,7 +207,7 @@ function keyPart({ onKey }) {
   return part("API key", state, el("button", { type: "button", class: "plain-button", text: apiKey() ? "Change the key" : "Enter a key", on: { click: onKey } }));
 }
 
-function dataPart(dialog, { exportAll, deleteAll }) {
+function dataPart(dialog, { exportAll, chooseFile, deleteAll }) {
   let sure = false;
   const remove = el("button", {
     type: "button",
@@ -236,6 +236,17 @@ function dataPart(dialog, { exportAll, deleteAll }) {
       "div",
       { class: "buttons left" },
       el("button", { type: "button", class: "plain-button", text: "Export all", on: { click: exportAll } }),
+      el("button", {
+        type: "button",
+        class: "plain-button",
+        text: "Import",
+        on: {
+          click: () => {
+            dialog.close(); // it would cover what is said of the file
+            chooseFile();
+          },
+        },
+      }),
       remove,
     ),
   );

@@ -12,7 +12,7 @@ function groupOf(updated) {
 }
 
 /**
- * `acts`: open(id), rename(id, title), remove(id), save(id, "md" or "json").
+ * `acts`: open(id), rename(id, title), remove(id), save(id, "md" or "json"), chooseFile() to import.
  */
 export class Sidebar {
   #renaming = null;
@@ -89,6 +89,7 @@ export class Sidebar {
       entry("Rename", () => this.rename(head)),
       entry("Export as Markdown", () => acts.save(head.id, "md")),
       entry("Export as JSON", () => acts.save(head.id, "json")),
+      entry("Import from JSON", () => acts.chooseFile()),
       entry("Delete", () => acts.remove(head.id), "danger"),
     );
     this.#opener = opener;

@@ -47,7 +47,7 @@ class Lasting {
     this.channel = new BroadcastChannel("earnest");
   }
 
-  /** Called with the id of a conversation that another window changed (null: all). */
+  /** Called with the id of a conversation that another window changed (null: several). */
   onChange(listener) {
     this.channel.onmessage = (event) => listener(event.data);
   }
@@ -75,12 +75,15 @@ class Lasting {
     return byAge(await done(this.#stores("readonly")[1].getAll()));
   }
 
-  async put(conversation) {
+  /** Keep them: all, or none where there is no room. */
+  async put(...changed) {
     const [heads, conversations, finished] = this.#stores("readwrite");
-    heads.put(headOf(conversation));
-    conversations.put(conversation);
+    for (const conversation of changed) {
+      heads.put(headOf(conversation));
+      conversations.put(conversation);
+    }
     await finished;
-    this.channel.postMessage(conversation.id);
+    this.channel.postMessage(changed.length === 1 ? changed[0].id : null);
   }
 
   async remove(id) {
@@ -118,8 +121,8 @@ class Forgetful {
     return byAge([...this.kept.values()]);
   }
 
-  async put(conversation) {
-    this.kept.set(conversation.id, structuredClone(conversation));
+  async put(...changed) {
+    for (const conversation of changed) this.kept.set(conversation.id, structuredClone(conversation));
   }
 
   async remove(id) {
