@@ -83,6 +83,14 @@ uint32_t awaitChange(std::atomic<uint32_t>& value, uint32_t seen, int spins, int
   return now;
 }
 
+// Wakes who waits for `value` to change, after it was changed. libstdc++ asks the system only if it
+// sees somebody waiting, by a load that may pass the store of the new value: a waiter that came just
+// then would see the old value, be seen by nobody, and sleep for ever. The fence keeps the order.
+void announce(std::atomic<uint32_t>& value) {
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  value.notify_all();
+}
+
 // Kernels treat denormal floats as zero: tiles do so in hardware, and elsewhere they are a hundred
 // times slower than others. Only inside a run: the rest of the process keeps its own setting.
 class FlushDenormals {
@@ -135,7 +143,7 @@ void ThreadPool::start() {
 void ThreadPool::stop() {
   stopping_.store(true, std::memory_order_relaxed);
   generation_.fetch_add(1u << kCrewBits, std::memory_order_release);
-  generation_.notify_all();
+  announce(generation_);
   for (std::thread& thread : threads_->all) thread.join();
   threads_.reset();
   stopping_.store(false, std::memory_order_relaxed);
@@ -203,7 +211,7 @@ void ThreadPool::runWork(Work work, void* context, bool measured) {
   if (nth > 1) {
     const uint32_t run = (generation_.load(std::memory_order_relaxed) >> kCrewBits) + 1;
     generation_.store(run << kCrewBits | static_cast<uint32_t>(nth), std::memory_order_release);
-    generation_.notify_all();
+    announce(generation_);
   }
   this->work(0, nth);
   if (!measured_) return;
@@ -221,7 +229,7 @@ void ThreadPool::barrier() {
     arrived_.store(0, std::memory_order_relaxed);
     if (measured_) opened_ = nanoseconds();
     phase_.fetch_add(1, std::memory_order_release);
-    phase_.notify_all();
+    announce(phase_);
     return;
   }
   int64_t asleep;
