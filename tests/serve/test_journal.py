@@ -6,6 +6,8 @@ import io
 import json
 import logging
 import re
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -41,13 +43,17 @@ class Log(io.StringIO):
         return found
 
 
+_LOGGERS = ("earnest", "uvicorn", "uvicorn.error", "asyncio")
+
+
 @pytest.fixture
 def log() -> Iterator[Log]:
-    loggers = [logging.getLogger(name) for name in ("earnest", "uvicorn", "uvicorn.error")]
+    loggers = [logging.getLogger(name) for name in _LOGGERS]
     before = [(found.handlers, found.propagate, found.level) for found in loggers]
     written = Log()
     journal.configure("debug", "json", written)
     yield written
+    logging.captureWarnings(False)
     for found, (handlers, propagate, level) in zip(loggers, before, strict=True):
         found.handlers, found.propagate = handlers, propagate
         found.setLevel(level)
@@ -223,3 +229,37 @@ def test_a_log_that_nobody_reads_stops_nothing(
     lines = stuck.getvalue().splitlines()
     assert len(lines) < 20 and "again" in lines[-2]
     assert re.search(r"warning 1\d lines of this log were lost", lines[-1])
+
+
+@pytest.mark.parametrize(
+    "told",
+    [
+        pytest.param("logging.getLogger('asyncio').error(text)", id="asyncio"),
+        pytest.param("logging.getLogger('asyncio').warning(text)", id="asyncio, a client has gone"),
+        pytest.param("logging.getLogger('some.library').warning(text)", id="a library"),
+        pytest.param("warnings.warn(text + str(number))", id="a warning"),
+    ],
+)
+def test_what_others_log_stops_nothing_either(told: str) -> None:
+    """A half-hour soak ended after 19 minutes: asyncio's warnings had filled the pipe."""
+    code = f"""if True:
+        import logging, warnings
+        from earnest.serve import journal
+        journal.configure("info", "text")
+        text = 200 * "x"
+        for number in range(2000):
+            {told}
+        print("done", flush=True)
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    ended = threading.Timer(20, process.kill)
+    ended.start()
+    try:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "done\n"  # nobody reads the other pipe
+    finally:
+        ended.cancel()
+        process.kill()
+        process.communicate()

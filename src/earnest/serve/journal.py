@@ -243,18 +243,26 @@ class _Aside(logging.Handler):
 def configure(level: str, style: LogFormat, stream: TextIO | None = None) -> None:
     """Have what Earnest and uvicorn tell written to standard error, each thing once.
 
+    So is whatever else the process logs and nobody handles. Python would write that at once, on the
+    thread that logs: asyncio tells of every piece written to a client that has gone, and stopped
+    the event loop for good when a pipe that nobody read was full of it.
+
     Args:
-        level: one of `LEVELS`; of uvicorn only warnings and errors are of interest.
+        level: one of `LEVELS`; of uvicorn only warnings and errors are of interest, of asyncio
+            only errors.
         style: "text", for people, or "json", an object on each line.
         stream: in place of standard error.
     """
     handler = _Aside(stream or sys.stderr)
     handler.setFormatter(_Json() if style == "json" else _Text())
-    for name, least in (("earnest", level), ("uvicorn", "warning")):
+    for name, least in (("earnest", level), ("uvicorn", "warning"), ("asyncio", "error")):
         found = logging.getLogger(name)
         found.handlers = [handler]
         found.propagate = False
         found.setLevel(
             max(logging.getLevelName(level.upper()), logging.getLevelName(least.upper()))
         )
+    root = logging.getLogger()
+    root.handlers = root.handlers or [handler]
+    logging.captureWarnings(True)
     logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)
