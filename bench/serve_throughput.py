@@ -75,12 +75,14 @@ class Outcome:
         tokens: written.
         first: median seconds to the first token.
         runner_seconds: of `engine`: those within `Runner.step`.
+        client_seconds: of a server: processor time that the clients took from it.
     """
 
     seconds: float
     tokens: int
     first: float
     runner_seconds: float | None = None
+    client_seconds: float | None = None
 
     @property
     def rate(self) -> float:
@@ -128,6 +130,7 @@ class Server:
 
     async def _run(self, jobs: deque[Job], clients: int) -> Outcome:
         begun, first, tokens = time.perf_counter(), [], 0
+        used = time.process_time()
 
         async def client() -> None:
             nonlocal tokens
@@ -137,7 +140,12 @@ class Server:
                 tokens += count
 
         await asyncio.gather(*(client() for _ in range(clients)))
-        return Outcome(time.perf_counter() - begun, tokens, statistics.median(first))
+        return Outcome(
+            time.perf_counter() - begun,
+            tokens,
+            statistics.median(first),
+            client_seconds=time.process_time() - used,
+        )
 
     async def _ask(self, job: Job) -> tuple[float, int]:
         body = {"prompt": job.prompt, "max_tokens": job.tokens, "temperature": 0.0, "stream": True}
@@ -310,6 +318,9 @@ def _summary(outcomes: dict[str, list[Outcome]]) -> dict[str, Any]:
         for name, found in outcomes.items()
     }
     row["runner"] = {"tokens_per_second": statistics.median(runner)}
+    row["earnest"]["client_processors"] = statistics.median(
+        (o.client_seconds or 0.0) / o.seconds for o in ours
+    )
     row["ratios"] = {
         "of the engine": _ratio(ours, [o.rate for o in outcomes["engine"]]),
         "of the runner": _ratio(ours, runner),
@@ -354,7 +365,8 @@ def main() -> None:
             if name not in ("clients", "ratios")
         )
         ratios = ", ".join(f"{ratio:.2f} {name}" for name, ratio in row["ratios"].items())
-        print(f"{row['clients']} clients: {rates} tokens/s; earnest serve is {ratios}")
+        clients = f"the clients took {row['earnest']['client_processors']:.0%} of a processor"
+        print(f"{row['clients']} clients: {rates} tokens/s; earnest serve is {ratios}; {clients}")
 
 
 if __name__ == "__main__":
