@@ -82,6 +82,12 @@ STAT_1 = "cache 9\ntotal_inactive_file 30\ntotal_active_file 10\n"
         ),
         pytest.param("0::/a", {"a/memory.max": "100"}, None, id="usage is not told"),
         pytest.param(
+            "0::/a",
+            {"a/memory.max": "100", "a/memory.current": "10", "a/memory.stat": "nonsense"},
+            None,
+            id="counts that nobody knows",
+        ),
+        pytest.param(
             "9:memory:/docker/c\n3:cpu:/x",
             {
                 "memory/memory.limit_in_bytes": "100",

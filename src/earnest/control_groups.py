@@ -58,11 +58,11 @@ def _room(folder: Path) -> int | None:
     ):
         try:
             most, used = int(_text(folder / limit)), int(_text(folder / usage))
-        except ValueError:  # absent, or "max"
+            counts = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines())
+            names = (f"{prefix}active_file", f"{prefix}inactive_file")
+            files = sum(int(counts.get(name, 0)) for name in names)
+        except ValueError:  # absent, "max", or nothing that we know
             continue
-        counts = dict(line.split(" ", 1) for line in _text(folder / "memory.stat").splitlines())
-        names = (f"{prefix}active_file", f"{prefix}inactive_file")
-        files = sum(int(counts.get(name, 0)) for name in names)
         return max(0, most - max(0, used - files))
     return None
 

@@ -236,7 +236,7 @@ def test_a_log_that_nobody_reads_stops_nothing(
     [
         pytest.param("logging.getLogger('asyncio').error(text)", id="asyncio"),
         pytest.param("logging.getLogger('asyncio').warning(text)", id="asyncio, a client has gone"),
-        pytest.param("logging.getLogger('some.library').warning(text)", id="a library"),
+        pytest.param("logging.getLogger('somebody.else').warning(text)", id="another package"),
         pytest.param("warnings.warn(text + str(number))", id="a warning"),
     ],
 )
