@@ -22,7 +22,7 @@ namespace earnest {
 
 extern const KernelTable kGeneric;
 #if EARNEST_X86
-extern const KernelTable kAvx2, kAvxVnni, kAvx512Vnni, kAmx;
+extern const KernelTable kAvx2, kAvxVnni, kAvx512Vnni, kAvx512Bf16, kAmx;
 #elif EARNEST_ARM
 extern const KernelTable kNeonDotprod, kI8mm;
 #endif
@@ -49,7 +49,7 @@ bool tilesPermitted() {
 }
 
 struct Features {
-  bool avx2 = false, avxvnni = false, avx512vnni = false, amx = false;
+  bool avx2 = false, avxvnni = false, avx512vnni = false, avx512bf16 = false, amx = false;
 };
 
 Features detect() {
@@ -70,9 +70,10 @@ Features detect() {
   const bool vnni = c7 >> 11 & 1;
   // opmask, upper halves of ZMM0-15, ZMM16-31 besides the above
   have.avx512vnni = have.avx2 && f && dq && bw && vl && vnni && (state & 0xe6) == 0xe6;
+  have.avx512bf16 = have.avx512vnni && a71 >> 5 & 1;
   const bool bf16 = d7 >> 22 & 1, tile = d7 >> 24 & 1, int8 = d7 >> 25 & 1;
-  have.amx = have.avx512vnni && (a71 >> 5 & 1) && bf16 && tile && int8 &&
-             (state & 0x60000) == 0x60000 && tilesPermitted();
+  have.amx = have.avx512bf16 && bf16 && tile && int8 && (state & 0x60000) == 0x60000 &&
+             tilesPermitted();
   return have;
 }
 
@@ -124,6 +125,9 @@ std::vector<Tier> tiers() {
 #endif
 #if EARNEST_X86 && !EARNEST_WITHOUT_avx512vnni
       {&kAvx512Vnni, have.avx512vnni},
+#endif
+#if EARNEST_X86 && !EARNEST_WITHOUT_avx512bf16
+      {&kAvx512Bf16, have.avx512bf16},
 #endif
 #if EARNEST_X86 && !EARNEST_WITHOUT_amx
       {&kAmx, have.amx},

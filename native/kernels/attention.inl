@@ -211,10 +211,10 @@ void storeHalves(const float* x, int64_t count, uint8_t* out) {
   }
 }
 
-const StepKernels stepKernels = {rmsNorm,       swiglu,        add,
-                                 addScaled,     stateFloats,   attendSegment,
-                                 attendScratchBytes, mergeState, finishState,
-                                 storeHalves};
+constexpr StepKernels stepKernels = {rmsNorm,       swiglu,        add,
+                                     addScaled,     stateFloats,   attendSegment,
+                                     attendScratchBytes, mergeState, finishState,
+                                     storeHalves};
 
 }  // namespace
 }  // namespace earnest

@@ -5,9 +5,12 @@
 #include "kernels/attention.inl"
 #include "kernels/probes.inl"
 
+// The step kernels have a name of their own, for tiers that take them over.
 #define EARNEST_TABLE(variable, name, peak)                                                  \
   namespace earnest {                                                                        \
   extern const KernelTable variable;                                                         \
+  extern const StepKernels variable##Step;                                                   \
+  const StepKernels variable##Step = stepKernels;                                            \
   const KernelTable variable = {name,        quantize, prepare,    matmul, scratchBytes,     \
-                                readStreams, peak,     &stepKernels};                        \
+                                readStreams, peak,     &variable##Step};                     \
   }
