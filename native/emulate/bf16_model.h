@@ -4,7 +4,9 @@
 #pragma once
 
 #include <cstdint>
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
 
 namespace earnest {
 namespace {
@@ -47,6 +49,7 @@ inline uint16_t modelRound(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + (bits >> 16 & 1)) >> 16);
 }
 
+#if defined(__AVX512F__)
 inline __m512 addPairs(__m512 sums, __m512i w, __m512i x) {
   float s[16];
   uint32_t a[16], b[16];
@@ -68,6 +71,7 @@ inline __m512i toBf16(__m512 first, __m512 second) {
   __builtin_memcpy(&result, out, 64);
   return result;
 }
+#endif
 
 }  // namespace
 }  // namespace earnest

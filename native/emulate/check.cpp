@@ -1,6 +1,7 @@
 // Compares one tier's kernels with the generic tier's, bit for bit, for tiers that the machine at
 // hand cannot execute: linked with that tier compiled against a model of its instructions, or run
-// under qemu. The generic tier itself is compared with the numpy twin by tests/native.
+// under qemu. The generic tier itself is compared with the numpy twin by tests/native. A loop takes
+// its place for avx512bf16's products of pairs, whose order of sums is their own.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -9,6 +10,7 @@
 
 #include "earnest/kernels.h"
 #include "earnest/step_kernels.h"
+#include "emulate/bf16_model.h"
 #include "emulate/random.h"
 
 namespace earnest {
@@ -75,6 +77,24 @@ void run(const KernelTable& quantizer, const KernelTable& table, int codec, int 
   std::free(scratch);
 }
 
+// bf16 weights, activations rounded to bf16, [tokens][rows]: kernels/bf16_pairs.inl, spelled out.
+void multiplyPairs(const std::vector<uint8_t>& panels, int64_t rows, int64_t columns,
+                   int64_t tokens, const std::vector<float>& x, const std::vector<int32_t>& select,
+                   std::vector<float>& out) {
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t n = 0; n < rows; ++n) {
+      const float* values = &x[(select.empty() ? t : select[t]) * columns];
+      const uint8_t* pairs = &panels[n / 16 * panelBytes(kBf16, columns) + n % 16 * 4];
+      float sum = 0;
+      for (int64_t k = 0; k < columns; k += 2, pairs += 64) {
+        uint32_t w;
+        std::memcpy(&w, pairs, 4);
+        sum = modelPair(sum, w, modelRound(values[k]) | uint32_t{modelRound(values[k + 1])} << 16);
+      }
+      out[t * rows + n] = sum;
+    }
+}
+
 // Of all sizes, with NaN and infinity.
 void checkHalves(const KernelTable& table, int& checked, int& wrong) {
   std::vector<float> x;
@@ -116,6 +136,8 @@ int main() {
               select.push_back(static_cast<int32_t>(random32() % tokens));
           Product a, b;
           run(table, kGeneric, codec, planes, panels, rows, columns, tokens, x, select, a);
+          if (codec == kBf16 && planes == kA8 && std::strcmp(table.name, "avx512bf16") == 0)
+            multiplyPairs(panels, rows, columns, tokens, x, select, a.out);
           run(table, table, codec, planes, panels, rows, columns, tokens, x, select, b);
           Product plain;  // the generic tier's own activations: integers must be the same
           run(kGeneric, kGeneric, codec, planes, panels, rows, columns, tokens, x, select, plain);

@@ -46,11 +46,12 @@ has() { command -v "$1" > /dev/null 2>&1; }
 x86() {
   failed=0
   if grep -q avx512f /proc/cpuinfo; then
-    # What the tier leaves to avx512vnni (few tokens) is not its own: the generic tier stands in.
-    check kAmx g++ "" "$avx512 -mavx512bf16 -DEARNEST_AMX_MODEL=1 -DkAvx512Vnni=kGeneric" amx ||
-      failed=1
+    # What a tier leaves to avx512vnni is not its own: the generic tier stands in.
+    lent="-DkAvx512Vnni=kGeneric -DkAvx512VnniStep=kGenericStep"
+    check kAmx g++ "" "$avx512 -mavx512bf16 -DEARNEST_AMX_MODEL=1 $lent" amx || failed=1
+    check kAvx512Bf16 g++ "" "$avx512 -DEARNEST_BF16_MODEL=1 $lent" avx512bf16 || failed=1
   else
-    echo "skipped: amx with modelled tiles needs AVX-512 for the rest of the tier"
+    echo "skipped: amx and avx512bf16, modelled, need AVX-512 for the rest of the tier"
   fi
   check kAvxVnni g++ "" "$avx2 -DEARNEST_VNNI_MODEL=1" avxvnni || failed=1
   if grep -q avx512_vnni /proc/cpuinfo; then

@@ -1,4 +1,4 @@
-// Cooper Lake (2020), Zen 4: avx512vnni with dot products of bf16 pairs.
+// Cooper Lake (2020), Zen 4: dot products of bf16 pairs, avx512vnni for all else.
 #include "kernels/vec_avx512.h"
 
 #include "kernels/bf16_pairs.inl"
