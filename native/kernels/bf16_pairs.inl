@@ -42,8 +42,8 @@ EARNEST_INLINE int64_t rowOf(const Activations& x, int64_t token) {
   return x.select ? x.select[token] : token;
 }
 
-// Tokens [begin, begin + T), rounded: [block][T][32]. All that a tile reads lies together: rows that
-// are a power of two apart would displace each other from the first cache.
+// Tokens [begin, begin + T), rounded: [block][T][32]. All that a tile reads lies together: rows a
+// power of two apart would displace each other from the first cache.
 template <int T>
 EARNEST_INLINE void stagePairs(const Activations& x, int64_t begin, uint8_t* staged) {
   for (int t = 0; t < T; ++t) {

@@ -20,7 +20,7 @@ inline constexpr int64_t kPanelRows = 16;
 inline constexpr int64_t kBlock = 32;  // columns per activation scale; fp32 sums advance by these
 
 // How activations meet block codecs. Every 32 of them share a scale and become integers v:
-//   kA8   v in [-127, 127], one int8 plane
+//   kA8   v in [-127, 127], one int8 plane (bf16 weights: a tier may round activations to bf16)
 //   kA15  v in [-16256, 16256] = 128 hi + lo, two int8 planes: 128 times finer, twice the products
 enum Activation : int32_t { kA8 = 1, kA15 = 2 };
 

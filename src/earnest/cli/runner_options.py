@@ -41,7 +41,8 @@ _OPTIONS = (
         "--activation-bits",
         type=click.Choice(["8", "15"]),
         callback=lambda _ctx, _option, value: value and int(value),
-        help="How finely activations are rounded (15); 8 is faster, and less exact.",
+        help="How finely activations are rounded (15); 8 is faster, and less exact: 8-bit "
+        "integers, or bf16 where weights are bf16.",
     ),
 )
 

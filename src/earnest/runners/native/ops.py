@@ -119,7 +119,8 @@ def matmul(
         codec: the weights' codec.
         rows: N, output rows of W.
         x_TK: float32 `[T, K]`.
-        planes: 1 for 8-bit, 2 for 15-bit activations (see `quantize`); plain codecs ignore it.
+        planes: 1 for 8-bit, 2 for 15-bit activations (see `quantize`). f32 and f16 weights ignore
+            it; with 1 those that meet bf16 weights are bf16 in the avx512bf16 tier.
         select: int32 `[T']`, the rows of x to use; all by default.
         pool: threads to use; a pool of one by default.
         tier: a tier of `isa.available_tiers()`; the one in use by default.

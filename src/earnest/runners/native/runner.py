@@ -73,7 +73,8 @@ class NativeRunner:
             bf16 8 bits in the same memory, f32 all in twice as much. int8 gives every key and
             value of a head a scale and takes half: faster at depth, and not as near.
         activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
-            the logits as good as exact; 8 halves the integer products, which prefill feels.
+            the logits as good as exact; 8 halves the integer products, which prefill feels. With 8
+            those that meet bf16 weights become bf16 if the processor multiplies it (docs/isa.md).
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
         lock: pin the weights in RAM, whether mapped or packed.
         progress: told how far packing (and locking) is.
