@@ -108,7 +108,9 @@ SHAPES = {
     "spaces in a fence": lambda n: "```" + " " * n + "`",
     "a long fence": lambda n: "~" * n + "`",
     "a long fence that is closed": lambda n: "~" * n + "\na\n" + "~" * n,
-    "many columns, many rows": lambda n: "|" * (n // 2) + "\n" + "|-" * (n // 4) + "|\n" * (n // 4),
+    "many columns, many rows": lambda n: (
+        "|" * (n // 8 + 1) + "\n" + "|-" * (n // 8) + "\n" + "|\n" * (n // 4)
+    ),
     "ever deeper": lambda n: "\n".join(" " * i + "- a" for i in range(int((2 * n) ** 0.5))),
     "a long cell": lambda n: "|a|\n|-|\n|" + "*a " * (n // 3),
     "code": lambda n: "```py\n" + repeated('x1 \'\\\' """ # /* \n', n),
