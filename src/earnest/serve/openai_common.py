@@ -128,9 +128,9 @@ def grammar_of(served: Served, body: Sampled) -> Callable[[], str] | None:
     return asked[0] if asked else None
 
 
-def salt_of(body: Sampled) -> bytes:
+def salt_of(cache_salt: str | None) -> bytes:
     """What keeps prefixes of one tenant from another."""
-    return (body.cache_salt or "").encode()
+    return (cache_salt or "").encode("utf-8", "surrogatepass")
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

@@ -85,7 +85,7 @@ def _asks(served: Served, body: CompletionBody) -> list[Ask]:
             sampling=sampling,
             count=body.n,
             constraint=banning(served, body.bad_words or (), constraint),
-            salt=salt_of(body),
+            salt=salt_of(body.cache_salt),
             priority=body.priority,
         )
         for ids in prompts
