@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import gzip
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 from running import Server
 
-from earnest.serve.state import Limits
+from earnest.engine.language_model import LanguageModel
+from earnest.serve import plain
+from earnest.serve.openai_common import token_text
+from earnest.serve.state import Limits, Served
+from earnest.tokenizer import Tokenizer
 
 LONE = "\ud800"  # half of a character; JSON can hold it, UTF-8 cannot
 TURNS = [{"role": "user", "content": "Once", "name": "me"}]
@@ -214,6 +219,58 @@ def test_errors_are_short_whatever_they_quote(server: Server, change: dict[str, 
     assert reply.status_code in (400, 404)
     error = reply.json()["error"]
     assert len(error["message"]) <= 4001 and len(error["param"] or "") <= 100
+
+
+def test_many_tokens_are_not_written_on_the_event_loop(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5,000,000 of them, which are 10 MB of text, kept all other clients waiting."""
+    written: list[bool] = []
+
+    def text(served: Served, token: int) -> str:
+        try:
+            written.append(bool(asyncio.get_running_loop()))
+        except RuntimeError:
+            written.append(False)
+        return token_text(served, token)
+
+    monkeypatch.setattr(plain, "token_text", text)
+    reply = httpx.post(
+        f"{server.url}/tokenize", json={"prompt": "Once upon", "return_token_strs": True}
+    )
+    assert len(reply.json()["token_strs"]) == len(written) == reply.json()["count"] > 2
+    assert not any(written)
+
+
+def test_words_are_looked_up_once_for_all_prompts(
+    server: Server, stories: LanguageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked_up = []
+    kind = type(stories.tokenizer)
+    encode = kind.encode
+
+    def counted(self: Tokenizer, text: str, **how: Any) -> list[int]:
+        looked_up.append(text)
+        return encode(self, text, **how)
+
+    monkeypatch.setattr(kind, "encode", counted)
+    body = {"prompt": ["a", "b", "c"], "bad_words": ["qqq"], "max_tokens": 2}
+    assert httpx.post(f"{server.url}/v1/completions", json=body).status_code == 200
+    assert looked_up.count("qqq") <= 2  # as it is, and as pieces that spell it
+
+
+def test_more_answers_than_there_is_ever_room_for(start: Callable[..., Server]) -> None:
+    """A 429 would have them come again and again."""
+    url = f"{start(limits={'waiting': 6}).url}/v1/completions"
+
+    def asked(prompts: int, count: int) -> httpx.Response:
+        body = {"prompt": ["Once"] * prompts, "n": count, "max_tokens": 2}
+        return httpx.post(url, json=body, timeout=30)
+
+    assert asked(1, 6).status_code == asked(3, 2).status_code == asked(6, 1).status_code == 200
+    for prompts, count, most in ((1, 7, "6"), (2, 4, "3 for each prompt"), (7, 1, "0 for each")):
+        refused = asked(prompts, count)
+        assert refused.status_code == 400 and f"at most {most}" in refused.text
 
 
 def test_bodies_that_are_packed(server: Server) -> None:
