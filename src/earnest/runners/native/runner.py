@@ -35,7 +35,7 @@ _WORTH_PACKING = 2**28
 _KV_TYPES = {"f32": 0, "bf16": 1, "f16": 2, "int8": 3, "int16": 4}
 
 KvType = Literal["int16", "f16", "bf16", "f32", "int8"]
-DEFAULT_KV: KvType = "f16"
+DEFAULT_KV: KvType = "int16"
 
 
 def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
@@ -70,9 +70,10 @@ class NativeRunner:
         memory_budget: bytes that panels packed into memory may take (mapped ones take none); by
             default what is free beside the KV blocks and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
-        kv: how keys and values are kept. f16 keeps 11 bits of each (and 65504 of what is larger),
-            bf16 8 bits in the same memory, f32 all in twice as much. int8 gives every key and
-            value of a head a scale and takes half: faster at depth, and not as near.
+        kv: how keys and values are kept. int16 gives every key and value of a head a scale; f16
+            keeps 11 bits of each number (and 65504 of what is larger), bf16 8 bits, in the same
+            memory; f32 all in twice as much. int8 has a scale like int16 and takes half: faster
+            at depth, and not as near.
         activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
             the logits as good as exact; 8 halves the integer products, which prefill feels.
         tier: an instruction-set tier of `isa.available_tiers()`; the one in use by default.
