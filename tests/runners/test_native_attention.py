@@ -38,7 +38,7 @@ def bf16(x: np.ndarray) -> np.ndarray:
 
 
 def integers(x: np.ndarray, kv: str) -> tuple[np.ndarray, np.ndarray]:
-    """"int8" or "int16" ones, and the scale of each row."""
+    """Integers of a type, int8 or int16, and the scale of each row."""
     most = np.float32(np.iinfo(kv).max)
     amax = np.abs(x).max(-1, keepdims=True)
     inverse = most / np.where(amax > 0, amax, 1).astype(np.float32)
