@@ -101,7 +101,7 @@ class Case:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, ops.usable_threads()])
-    parser.add_argument("--kv", nargs="+", default=["f32", "f16", "bf16"])
+    parser.add_argument("--kv", nargs="+", default=["f32", "int16", "f16", "int8"])
     parser.add_argument("--shape", nargs="+", default=["21b", "smollm2"], choices=list(SHAPES))
     parser.add_argument("--depth", type=int, nargs="+", default=[1024, 4096, 16384])
     parser.add_argument("--prefill", type=int, default=256, help="0 for decode only")

@@ -84,8 +84,8 @@ class BoundModel {
   size_t plan(int kv_type, int64_t pages, int64_t page, int64_t max_tokens,
                 int64_t max_positions) {
     require(!step_, "the model is in use");
-    require(kv_type >= kKvF32 && kv_type <= kKvInt8, "KV type");
-    require(kv_type != kKvInt8 || model_.channels <= kByteChannelsMax,
+    require(kv_type >= kKvF32 && kv_type <= kKvInt16, "KV type");
+    require((kv_type != kKvInt8 && kv_type != kKvInt16) || model_.channels <= kScaledChannelsMax,
             "heads are too wide for 8-bit keys");
     require(pages > 0 && page > 0 && page % 16 == 0, "pages hold a multiple of 16 positions");
     require(max_tokens > 0 && max_positions > 0, "positive sizes");

@@ -240,7 +240,7 @@ int main() {
       const RandomModel random(codec, planes, shape);
       const Model& m = random.model;
       Text text(m);
-      const int kv_type = (codec + planes) % 3;  // f32, bf16, f16
+      const int kv_type = (codec + planes) % 5;  // each KvType
       const auto generic = logits(m, text, kGeneric, 1, kv_type, 64, together);
       // Logits that did not depend on one far position would prove nothing about attention.
       Text other = text;

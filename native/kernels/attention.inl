@@ -20,6 +20,7 @@
 namespace earnest {
 namespace {
 
+constexpr int64_t kScaleBytes = 64;  // of 16 positions that have them
 constexpr int64_t kState = 16;  // floats after the values: [0] maximum, [1] sum of weights
 
 int64_t paddedChannels(int64_t channels) { return (channels + 31) / 32 * 32; }
@@ -165,6 +166,7 @@ void attendSegment(const Attention& a, int64_t segment, float* states, uint8_t* 
     case kKvF16: return attendSegmentAs<FloatKv<KvF16>>(a, segment, states, scratch);
     case kKvBf16: return attendSegmentAs<FloatKv<KvBf16>>(a, segment, states, scratch);
     case kKvInt8: return attendSegmentAs<ByteKv>(a, segment, states, scratch);
+    case kKvInt16: return attendSegmentAs<FloatKv<KvInt16>>(a, segment, states, scratch);
     default: return;
   }
 }

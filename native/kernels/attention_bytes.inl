@@ -6,7 +6,7 @@
 //   s_j = float(sum over channels of k v) * (scale_k[j] * scale_q)
 //   w_j = p_j * scale_v[j] ~ scale_w * u_j
 //   o   = fma(float(sum over positions of v_j u_j), scale_w, o c)
-// The integer sums are exact: |k v| < 2^7 2^14, of at most kByteChannelsMax channels. Positions that
+// The integer sums are exact: |k v| < 2^7 2^14, of at most kScaledChannelsMax channels. Positions that
 // a query does not see have u = 0.
 #pragma once
 
@@ -16,7 +16,6 @@ namespace earnest {
 namespace {
 
 constexpr float kFine = 16256.0f;  // 127 * 128: two planes of 8 bits, v = 128 hi + lo
-constexpr int64_t kScaleBytes = 64;  // of 16 positions
 
 // `count` numbers to [count / 4][stride of 8 bytes][plane][4]; zeros up to a multiple of 4. Returns
 // the scale: NaN if one of them is not finite.
@@ -197,10 +196,7 @@ struct ByteKv {
       const int64_t sees = seen[i] > 0 ? seen[i] : 0;
       corrections[i] = 1.0f;
       if (sees) corrections[i] = softmax(s, sees, state[padded], state[padded + 1]);
-      for (int64_t g = 0; g < panels; ++g) {
-        const float* by = reinterpret_cast<const float*>(block.values[g]);
-        for (int k = 0; k < 16; ++k) s[16 * g + k] *= by[k];
-      }
+      scaleWeights(s, panels, block);
       for (int64_t j = sees; j < 16 * panels; ++j) s[j] = 0.0f;
       scales[i] = toPlanes(s, 16 * panels, Q, weights + 8 * i, sums[i]);
     }

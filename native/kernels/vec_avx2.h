@@ -54,6 +54,11 @@ struct Vec {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
   }
+  static F fromShorts(const uint8_t* p) {
+    const __m128i *low = reinterpret_cast<const __m128i*>(p), *high = low + 1;
+    return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(low))),
+            _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(high)))};
+  }
   static F fromSignedBytes(const uint8_t* p) {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),

@@ -56,6 +56,12 @@ struct Vec {
     return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(x))),
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(y)))}};
   }
+  static F fromShorts(const uint8_t* p) {
+    F r;
+    EARNEST_FOUR(
+      r.v[i] = vcvtq_f32_s32(vmovl_s16(vreinterpret_s16_u8(vld1_u8(p + 8 * i)))));
+    return r;
+  }
   static void bf16Pair(const uint8_t* p, F& even, F& odd) {
     EARNEST_FOUR(
       const uint32x4_t pair = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));

@@ -17,7 +17,7 @@ uint16_t toBf16(float x) {
 }
 
 // Numbers of the type, one after the other.
-constexpr int64_t kSome = kByteChannelsMax;  // channels converted at a time: any 8-bit head
+constexpr int64_t kSome = kScaledChannelsMax;  // channels converted at a time: any scaled head
 
 void convert(const StepKernels& kernels, int32_t type, const float* x, int64_t count,
              uint8_t* out) {
@@ -29,7 +29,9 @@ void convert(const StepKernels& kernels, int32_t type, const float* x, int64_t c
 }
 
 // Integers of a head and their scale: NaN where one is not finite, 0 where all nearly are.
-float toBytes(const float* x, int64_t count, int8_t* out) {
+template <class T>
+float toIntegers(const float* x, int64_t count, uint8_t* out) {
+  constexpr float kMost = std::numeric_limits<T>::max();
   float amax = 0;
   bool finite = true;
   for (int64_t i = 0; i < count; ++i) {
@@ -37,10 +39,12 @@ float toBytes(const float* x, int64_t count, int8_t* out) {
     amax = std::max(amax, std::fabs(x[i]));
   }
   const bool good = finite && amax >= 0x1p-100f;
-  const float inverse = good ? 127.0f / amax : 0.0f;
-  for (int64_t i = 0; i < count; ++i)
-    out[i] = good ? static_cast<int8_t>(std::nearbyint(x[i] * inverse)) : int8_t{0};
-  return good ? amax / 127.0f : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
+  const float inverse = good ? kMost / amax : 0.0f;
+  for (int64_t i = 0; i < count; ++i) {
+    const T v = good ? static_cast<T>(std::nearbyint(x[i] * inverse)) : T{0};
+    std::memcpy(out + i * static_cast<int64_t>(sizeof v), &v, sizeof v);
+  }
+  return good ? amax / kMost : finite ? 0.0f : std::numeric_limits<float>::quiet_NaN();
 }
 
 // Where channel c of a key or a value of position `lane` lies in the numbers of 16 positions.
@@ -68,8 +72,9 @@ void store(const KvCache& cache, const StepKernels& kernels, uint8_t* panel, int
   for (int64_t done = 0; done < count;) {
     // Up to the end of the head.
     const int64_t some = std::min({kSome, count - done, C - c});
-    if (cache.type == kKvInt8) {
-      const float scale = toBytes(x + done, some, reinterpret_cast<int8_t*>(converted));
+    if (cache.scaled()) {
+      const float scale = cache.type == kKvInt8 ? toIntegers<int8_t>(x + done, some, converted)
+                                                : toIntegers<int16_t>(x + done, some, converted);
       std::memcpy(panel + 4 * lane, &scale, 4);
     } else if (cache.type != kKvF32) {
       convert(kernels, cache.type, x + done, some, converted);

@@ -14,8 +14,9 @@ struct KvCache {
   int64_t kv_heads = 0, channels = 0;
 
   int64_t number() const { return type == kKvF32 ? 4 : type == kKvInt8 ? 1 : 2; }
+  bool scaled() const { return type == kKvInt8 || type == kKvInt16; }
   // Of 16 positions, with their scales.
-  int64_t scales() const { return type == kKvInt8 ? 64 : 0; }
+  int64_t scales() const { return scaled() ? 64 : 0; }
   int64_t keyPanel() const {
     return scales() + 16 * number() * (type == kKvInt8 ? roundUp(channels, 4) : channels);
   }
@@ -30,7 +31,7 @@ struct KvCache {
             page};
   }
   // `count` channels from `from` of all key heads side by side (of a token at `slot` of a page).
-  // 8-bit ones share a scale per head: whole heads only.
+  // Integers share a scale per head: whole heads only.
   void storeKeys(const StepKernels& kernels, int64_t layer, int64_t at_page, int64_t slot,
                  int64_t from, int64_t count, const float* x) const;
   void storeValues(const StepKernels& kernels, int64_t layer, int64_t at_page, int64_t slot,

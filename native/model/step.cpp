@@ -300,8 +300,8 @@ void Step::attention(Worker& w, int64_t index) {
   const Matrix* const parts[] = {&layer.q, &layer.k, &layer.v};
   const int64_t all = layer.q.panelCount() + layer.k.panelCount() + layer.v.panelCount();
   const int64_t band = bandPanels(all, T);
-  // 8-bit keys and values are stored by whole heads.
-  const int64_t kv_band = cache_.type == kKvInt8 ? roundUp(band, wholeHeads() / kPanelRows) : band;
+  // Keys and values with a scale per head are stored by whole heads.
+  const int64_t kv_band = cache_.scaled() ? roundUp(band, wholeHeads() / kPanelRows) : band;
   const int64_t bands[] = {band, kv_band, kv_band};
   int64_t ends[3], items = 0;
   for (int i = 0; i < 3; ++i) ends[i] = items += (parts[i]->panelCount() + bands[i] - 1) / bands[i];

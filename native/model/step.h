@@ -130,9 +130,9 @@ class Step {
   void multiply(Worker& w, const Matrix& m, const Activations& x, int64_t begin, int64_t end,
                 float* out, int64_t stride) const;
   int64_t bandPanels(int64_t panels, int64_t tokens) const;
-  // Rows of the smallest run of heads that is also one of pairs of panels, for 8-bit keys.
+  // Rows of the smallest run of heads that is also one of pairs of panels, for keys with a scale per head.
   int64_t wholeHeads() const {
-    return cache_.type == kKvInt8 ? std::lcm<int64_t>(model_.channels, 2 * kPanelRows) : 0;
+    return cache_.scaled() ? std::lcm<int64_t>(model_.channels, 2 * kPanelRows) : 0;
   }
   template <class Body>
   void share(Worker& w, int64_t items, Body body);

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,10 +12,11 @@ import sys
 import time
 from pathlib import Path
 
+import click
 import pytest
 
 import earnest as earnest_package
-from earnest.cli.main import VERBS, main
+from earnest.cli.main import VERBS, group, main
 from earnest.runners.native import isa
 
 EARNEST = [sys.executable, "-m", "earnest"]
@@ -49,6 +51,16 @@ def test_help_has_examples_and_names_every_option_once(verb: str) -> None:
     assert done.returncode == 0, done.stderr
     assert "Examples:" in done.stdout
     assert "earnest run" in done.stdout or f"earnest {verb}" in done.stdout
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_option_has_a_help_text(verb: str) -> None:
+    command = group.get_command(click.Context(group), verb)
+    assert command is not None
+    options = [found for found in command.params if isinstance(found, click.Option)]
+    assert options
+    for option in options:
+        assert re.fullmatch(r".{10,}[.)]", option.help or ""), (option.opts, option.help)
 
 
 def test_version() -> None:

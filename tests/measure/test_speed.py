@@ -78,7 +78,7 @@ def test_every_row_is_measured(kind: str, model: str, small_moe: Checkpoint) -> 
 def test_bytes_of_a_step_are_those_of_the_chosen_experts(kind: str, small_moe: Checkpoint) -> None:
     config = small_moe.config
     traffic = speed.Traffic(small_moe, make(kind, small_moe, 2))
-    width = 2 if kind == "native" else 4  # bf16 panels and keys, or float32
+    width = 2 if kind == "native" else 4  # bf16 panels and int16 keys, or float32
     expert = 3 * config.hidden_size * config.moe_intermediate_size * width
     layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
 
@@ -91,6 +91,8 @@ def test_bytes_of_a_step_are_those_of_the_chosen_experts(kind: str, small_moe: C
 
     one = bytes_of(1, [0, 1])
     per_position = 2 * config.num_hidden_layers * config.kv_size * width
+    if kind == "native":  # scales of float32
+        per_position += 2 * config.num_hidden_layers * config.num_key_value_heads * 4
     assert traffic.kv_bytes_per_token == per_position
     assert bytes_of(101, [0, 1]) - one == 100 * per_position
     # Shared experts are read once, others for each.
@@ -158,7 +160,11 @@ def test_declared_positions_hold_finite_numbers_everywhere(
     made = make(kind, small_moe, 5)
     speed.fill(made)
     if isinstance(made, NativeRunner):
-        values = made.cache.view(np.float16).astype(np.float32)
+        # Panels of 16 positions: their scales, then the numbers.
+        panels = made.cache.reshape(-1, 16 * (4 + 2 * small_moe.config.head_dim))
+        scales = np.ascontiguousarray(panels[:, :64]).view(np.float32)
+        assert np.ptp(scales) == 0
+        values = np.ascontiguousarray(panels[:, 64:]).view(np.int16) * scales[0, 0]
     else:
         values = np.concatenate([made.cache.keys.ravel(), made.cache.values.ravel()])
     assert np.isfinite(values).all()

@@ -131,7 +131,13 @@ SEQUENCES, TOKENS = 64, 16
 
 # How near a tie swapped experts must be, by the spread of the scores, and which share of pairs may
 # be swapped by roundings alone: by how keys and values are kept. See docs/log.md, 2026-11-24.
-SWAPS = {"f32": (1e-3, 1e-3), "f16": (5e-3, 4e-3), "bf16": (4e-2, 3e-2), "int8": (0.2, 0.08)}
+SWAPS = {
+    "f32": (1e-3, 1e-3),
+    "int16": (1e-3, 1e-3),
+    "f16": (5e-3, 4e-3),
+    "bf16": (4e-2, 3e-2),
+    "int8": (0.2, 0.08),
+}
 
 
 def synthetic(weights_of) -> dict[str, np.ndarray]:

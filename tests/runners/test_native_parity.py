@@ -39,7 +39,12 @@ TOKENS, STARTS = 24, (0, 15)  # two sequences
 # (3.5e-2), and there 16 swaps.
 PLAIN = (1e-5, 1e-5, 0.0)
 BLOCKS = (3e-3, 1e-3, 0.01)
-SHORT_KEYS = {"f16": (0.015, 0.015, 0.01), "bf16": (0.1, 0.1, 0.03), "int8": (0.2, 0.3, 0.06)}
+SHORT_KEYS = {
+    "int16": (3e-3, 1e-3, 0.01),
+    "f16": (0.015, 0.015, 0.01),
+    "bf16": (0.1, 0.1, 0.03),
+    "int8": (0.2, 0.3, 0.06),
+}
 
 
 @pytest.mark.parametrize("codec", CODECS)

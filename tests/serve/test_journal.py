@@ -231,6 +231,39 @@ def test_a_log_that_nobody_reads_stops_nothing(
     assert re.search(r"warning 1\d lines of this log were lost", lines[-1])
 
 
+def test_told_again_the_log_goes_elsewhere_and_nothing_is_left() -> None:
+    """In a process of its own, where the root logger has no handler but what is made here."""
+    code = """if True:
+        import io, logging, threading
+        from earnest.log import logger
+        from earnest.serve import journal
+        def threads():
+            return [one for one in threading.enumerate() if one.name == "earnest-log"]
+        streams = [io.StringIO() for _ in range(4)]
+        somebodys = logging.StreamHandler(io.StringIO())
+        for number, stream in enumerate(streams):
+            if number == 3:
+                logging.getLogger().addHandler(somebodys)
+            journal.configure("info", "text", stream)
+            logger.info("ours %d", number)
+            logging.getLogger("somebody.else").error("theirs %d", number)
+        logging.shutdown()
+        former, root = threads(), logging.getLogger()
+        for one in former:
+            one.join(20)
+        assert threads() == [], threads()
+        assert root.handlers == [somebodys], root.handlers
+        for number, stream in enumerate(streams):
+            said = [line.split(" ", 2)[2] for line in stream.getvalue().splitlines()]
+            theirs = [] if number == 3 else [f"theirs {number}"]
+            assert said == [f"ours {number}", *theirs], said
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize(
     "told",
     [

@@ -4,6 +4,7 @@ do with it."""
 from __future__ import annotations
 
 import re
+from random import Random
 from typing import Any
 
 from browsing import Visits, expect, replies, say
@@ -99,6 +100,24 @@ MARKDOWN = {
     'target="_blank" rel="noopener noreferrer nofollow" title="http://a.example/x_(y)_z">'
     "http://a.example/x_(y)_z</a>. <br> &amp; &amp;copy;</p>",
     "a | b\nis no table": "<p>a | b<br>is no table</p>",
+    "|a|b|c|\n|-|-|-|\n|1|": '<div class="table" tabindex="0" role="group" aria-label="Table">'
+    "<table><thead><tr><th>a</th><th>b</th><th>c</th></tr></thead>"
+    '<tbody><tr><td>1</td><td colspan="2"></td></tr></tbody></table></div>',
+    "a|\n|": "<p>a|<br>|</p>",
+    "*a** b*": "<p><em>a</em>* b*</p>",
+    "&lt;b&gt; `` ` `` \\` `": "<p>&lt;b&gt; <code>`</code> ` `</p>",
+}
+LINKS = {  # without what is the same for each
+    "[0, 1) see https://a.example/": "[0, 1) see <a>https://a.example/</a>",
+    "[https://a.example/b](https://c.example/)": "<a>https://a.example/b</a>",
+    "见https://a.example/b，然后（https://c.example/）。": "见<a>https://a.example/b</a>，然后"
+    "（<a>https://c.example/</a>）。",
+    "[![a](https://b.example/)](https://c.example/)": "<a>Picture: a</a>",
+    "![](https://a.example/)": "<a>Picture: https://a.example/</a>",
+    "**https://a.example/**": "<strong><a>https://a.example/</a></strong>",
+    "(https://a.example/(b)), https://%, https://": "(<a>https://a.example/(b)</a>), https://%, "
+    "https://",
+    "*[a](https://a.example/ 'b')* [c](d": "<em><a>a</a></em> [c](d",
 }
 
 
@@ -108,6 +127,8 @@ def test_markdown(visit: Visits, server: Server) -> None:
         assert markdown(page, text) == expected
     linked = markdown(page, '[*x*](https://a.example/ "t")')
     assert re.fullmatch(r'<p><a href="https://a.example/" [^>]*><em>x</em></a></p>', linked)
+    for text, expected in LINKS.items():
+        assert re.sub("<a [^>]*>", "<a>", markdown(page, text)) == f"<p>{expected}</p>"
 
 
 CODE = {
@@ -152,6 +173,74 @@ def test_markdown_of_a_stream_is_that_of_the_whole(visit: Visits, server: Server
     assert page.evaluate(script, text) == [True, True]
 
 
+def test_markdown_of_a_stream_is_that_of_the_whole_at_every_moment(
+    visit: Visits, server: Server
+) -> None:
+    page = visit(server)
+    lines = [
+        *(
+            "a",
+            "# a",
+            "#a",
+            "- a",
+            "  - b",
+            "1.",
+            "1.5",
+            "> a",
+            "```",
+            "  ```py",
+            "~~~",
+            "---",
+            "-",
+        ),
+        *(
+            "|a|",
+            "|-|",
+            "|-x",
+            "a|b",
+            "",
+            "",
+            "",
+            "   ",
+            "*a",
+            "b*",
+            "    c",
+            "\r",
+            "a\r",
+            "2) b",
+            "* *",
+        ),
+    ]
+    random = Random(29)
+    texts = ["\n".join(random.choices(lines, k=12)) for _ in range(150)]
+    script = """async (texts) => {
+        const { show } = await import("/web/markdown.js");
+        const wrong = [];
+        for (const text of texts) {
+            const grown = document.createElement("div");
+            for (let end = 0; end <= text.length; end++) {
+                const whole = document.createElement("div");
+                show(grown, text.slice(0, end));
+                show(whole, text.slice(0, end));
+                if (grown.innerHTML !== whole.innerHTML) wrong.push(text.slice(0, end));
+            }
+        }
+        return wrong;
+    }"""
+    assert page.evaluate(script, texts) == []
+    assert (
+        page.evaluate(
+            """async () => {
+            const { show } = await import("/web/markdown.js");
+            const into = document.createElement("div");
+            for (const text of ["a\\n\\nb\\n\\nc", "d\\n\\nb", "", "e"]) show(into, text);
+            return into.innerHTML;
+        }"""
+        )
+        == "<p>e</p>"
+    )
+
+
 def test_markdown_that_wants_to_take_forever(visit: Visits, server: Server) -> None:
     page = visit(server)
     hostile = [
@@ -174,6 +263,8 @@ def test_markdown_that_wants_to_take_forever(visit: Visits, server: Server) -> N
             "* " * 20_000 + "x",
             "![a](b" * 10_000,
             "a\n|-\n" * 5_000,
+            "![" * 10_000 + "](x)" * 10_000,
+            "- ```\n" * 5_000,
         ),
     ]
     script = """async (text) => {

@@ -9,10 +9,10 @@
 namespace earnest {
 
 // How keys and values are kept.
-enum KvType : int32_t { kKvF32, kKvBf16, kKvF16, kKvInt8 };
+enum KvType : int32_t { kKvF32, kKvBf16, kKvF16, kKvInt8, kKvInt16 };
 
-// Channels of a head in 8 bits, at most: 2^7 * 2^14 * 2^10 is a 32-bit sum.
-inline constexpr int64_t kByteChannelsMax = 1000;
+// Channels of a head kept as integers, at most. Of 8 bits: 2^7 * 2^14 * 2^10 is a 32-bit sum.
+inline constexpr int64_t kScaledChannelsMax = 1000;
 
 // Positions that attention works on together, counted from position 0 of a sequence. Neither the
 // batch, nor the chunk, nor the number of threads changes where they lie: that fixes the order of
@@ -26,7 +26,8 @@ inline constexpr int64_t kAttentionSegment = 1024;  // start from nothing; merge
 //           [page / 16][C * 16 numbers]
 //   values  a row per position, channels padded to a multiple of 32 with zeros; bf16 rows hold
 //           channels i and 16 + i of every 32 beside each other, as their reader wants them
-// In 8 bits, x ~ scale * integer, 16 positions begin with their float32 scales, and follow as
+// As integers, x ~ scale * integer, 16 positions begin with their float32 scales. Those of 16 bits
+// follow as above, those of 8 as
 //   keys    [C / 4][16 positions][4 channels], channels padded to a multiple of 4
 //   values  [4][channels][4 positions], channels padded as above
 struct KvView {

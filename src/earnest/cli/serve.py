@@ -33,8 +33,16 @@ Examples:
 @click.option("--unix-socket", type=click.Path(path_type=Path), help="Listen on this socket file.")
 @click.option("--api-key", multiple=True, help="A key that lets clients in (also EARNEST_API_KEY).")
 @click.option("--cors", multiple=True, metavar="ORIGIN", help="Let web pages of ORIGIN call it.")
-@click.option("--tls-certificate", type=click.Path(path_type=Path, exists=True, dir_okay=False))
-@click.option("--tls-key", type=click.Path(path_type=Path, exists=True, dir_okay=False))
+@click.option(
+    "--tls-certificate",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="Answer over https, with this certificate and those that signed it (PEM).",
+)
+@click.option(
+    "--tls-key",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="The certificate's private key (PEM), without a password.",
+)
 @click.option(
     "--max-waiting",
     type=click.IntRange(1),
@@ -55,7 +63,7 @@ Examples:
     type=click.Choice(["text", "json"]),
     default="text",
     show_default=True,
-    help="How.",
+    help="Log lines for people, or an object on each line.",
 )
 @click.option(
     "--otlp-traces-endpoint",

@@ -378,17 +378,21 @@ class _Bench:
 def fill(runner: BenchRunner) -> None:
     """Write random numbers of moderate size (standard deviation 1/4) to all KV blocks."""
     numbers = np.random.default_rng(1).standard_normal(2**20, np.float32) / 4
-    if isinstance(runner, native.NativeRunner) and runner.kv == "int8":
-        _tile(runner.cache.view(np.int8), np.rint(numbers * 160).clip(-127, 127).astype(np.int8))
+    if isinstance(runner, native.NativeRunner) and runner.kv.startswith("int"):
+        kept = np.dtype(runner.kv)
+        most = np.iinfo(kept).max
+        steps = most * 1.25  # of 1: 3.2 standard deviations are kept
+        _tile(runner.cache.view(kept), np.rint(numbers * steps).clip(-most, most).astype(kept))
         channels = runner.config.head_dim
         # 16 positions of keys, then of values: their scales first.
         panels = runner.block_size // 16
-        sizes = [64 + 16 * (-(-channels // m) * m) for m in (4, 32)]
+        together = 4 if runner.kv == "int8" else 1
+        sizes = [64 + 16 * kept.itemsize * (-(-channels // m) * m) for m in (together, 32)]
         heads = runner.cache.reshape(-1, panels * sum(sizes))
         keys = range(0, panels * sizes[0], sizes[0])
         values = range(keys.stop, panels * sum(sizes), sizes[1])
         for at in (*keys, *values):
-            heads[:, at : at + 64] = np.full(16, 1 / 160, np.float32).view(np.uint8)
+            heads[:, at : at + 64] = np.full(16, 1 / steps, np.float32).view(np.uint8)
     elif isinstance(runner, native.NativeRunner):
         stored: np.ndarray[Any, Any] = numbers
         if runner.kv == "f16":

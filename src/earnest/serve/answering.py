@@ -16,6 +16,7 @@ from earnest.serve.formats import Delta, Form, OutputParser, calls_schema, form_
 from earnest.serve.journal import current
 from earnest.serve.state import Served
 from earnest.serve.strict_calls import StrictCalls
+from earnest.tokenizer.vocabulary import is_unicode
 
 Finish = Literal["stop", "length", "tool_calls"]
 MakeConstraint = Callable[[], Constraint]
@@ -366,6 +367,10 @@ def banning(
         return other
     if not all(words):
         raise PromptError("bad_words holds an empty text")
+    if not all(map(is_unicode, words)):
+        raise PromptError("bad_words holds half of a surrogate pair")
+    if len(words) > served.limits.texts:
+        raise PromptError("bad_words holds too many", expected=f"at most {served.limits.texts:,}")
     encode, spelled = served.model.tokenizer.encode, served.grammars.spelled
     runs = [
         ids

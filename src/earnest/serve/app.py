@@ -82,7 +82,7 @@ def _invalid(path: str, error: RequestValidationError) -> ApiError:
     first = None
     for found in error.errors()[:5]:
         name = ".".join(str(part) for part in found["loc"][1:]) or "the body"
-        first = first or name
+        first = first or name[:100]
         if found["type"] == "extra_forbidden":
             problems.append(f"{name:.100}: this parameter is not supported")
         else:

@@ -46,6 +46,8 @@ def check_model(served: Served, name: str | None) -> None:
 
 def sampling_with(served: Served, **given: Any) -> SamplingParams:
     """As the model's authors recommend, but for what is given and not None."""
+    if len(given.get("stop") or ()) > served.limits.texts:  # each token is looked at for all
+        raise ApiError(400, f"too many stop strings: at most {served.limits.texts:,}", param="stop")
     chosen = {name: value for name, value in given.items() if value is not None}
     return replace(served.defaults, **chosen)
 

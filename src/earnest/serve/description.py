@@ -297,6 +297,7 @@ _REASONS = {
     "404": "there is no such model",
     "408": "the body did not arrive in time",
     "413": "the body is too large",
+    "415": "the body is compressed",
     "422": "the JSON is not what was asked for",
     "429": "too many answers wait",
     "503": "the server ends, or there is no memory",

@@ -37,6 +37,7 @@ T = TypeVar("T")
 # Seconds of silence after which a stream says that it is still there.
 _KEEP_ALIVE = 15.0
 _DISCONNECT_POLL = 0.25
+_LONGEST_MESSAGE = 4000  # characters of an error
 _JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 _STATUS: tuple[tuple[type[EarnestError], int], ...] = (
@@ -68,6 +69,8 @@ class ApiError(Exception):
     """
 
     def __init__(self, status: int, message: str, *, param: str | None = None) -> None:
+        if len(message) > _LONGEST_MESSAGE:  # it may quote what was sent
+            message = message[:_LONGEST_MESSAGE] + "…"
         super().__init__(message)
         self.status, self.message, self.param = status, message, param
 
@@ -109,7 +112,21 @@ def error_response(
         headers["www-authenticate"] = "Bearer"
     request_id = request.scope.get("request_id", "")
     body = error_body(request.url.path, error, request_id)
-    return JSONResponse(body, error.status, headers=headers)
+    return JsonReply(body, error.status, headers=headers)
+
+
+def json_bytes(data: object) -> bytes:
+    """Compact JSON. Half a surrogate pair, which a client's JSON may hold and UTF-8 cannot, is
+    written as it came: `\\ud800`."""
+    return _JSON.encode(data).encode("utf-8", "backslashreplace")
+
+
+class JsonReply(JSONResponse):
+    """A reply of `json_bytes`."""
+
+    def render(self, content: Any) -> bytes:
+        """The body."""
+        return json_bytes(content)
 
 
 # --- streams ------------------------------------------------------------------------------------
@@ -117,9 +134,9 @@ def error_response(
 
 def sse(data: object, event: str | None = None) -> bytes:
     """One server-sent event."""
-    text = data if isinstance(data, str) else _JSON.encode(data)
-    head = f"event: {event}\n" if event else ""
-    return f"{head}data: {text}\n\n".encode()
+    text = data.encode() if isinstance(data, str) else json_bytes(data)
+    head = f"event: {event}\n".encode() if event else b""
+    return b"%sdata: %s\n\n" % (head, text)
 
 
 async def event_stream(
@@ -305,6 +322,10 @@ class Gate:
         length = headers.get(b"content-length", b"0")
         if length.isdigit() and int(length) > limit:
             return _too_large(limit)
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            return ApiError(
+                415, "the body is compressed: send it as it is, without content-encoding"
+            )
         path = scope["path"]
         if path.startswith(PAGE_PARTS):  # browsers fetch scripts with an origin, even their own
             return None

@@ -212,7 +212,8 @@ class _Aside(logging.Handler):
     def __init__(self, stream: TextIO) -> None:
         super().__init__()
         self._stream, self._lost = stream, 0
-        self._lines: queue.Queue[str] = queue.Queue(_MOST_LINES)
+        self._lines: queue.Queue[str | None] = queue.Queue(_MOST_LINES)  # None: look up
+        self._closing = False
         threading.Thread(target=self._write, name="earnest-log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -226,11 +227,12 @@ class _Aside(logging.Handler):
             logger.warning("%d lines of this log were lost: nobody read them in time", lost)
 
     def _write(self) -> None:
-        while True:
+        while not (self._closing and self._lines.empty()):
             line = self._lines.get()
-            with suppress(OSError, ValueError):  # nobody is there to read it
-                self._stream.write(line + "\n")
-                self._stream.flush()
+            if line is not None:
+                with suppress(OSError, ValueError):  # nobody is there to read it
+                    self._stream.write(line + "\n")
+                    self._stream.flush()
             self._lines.task_done()
 
     def flush(self) -> None:
@@ -238,6 +240,13 @@ class _Aside(logging.Handler):
         done = self._lines.all_tasks_done
         with done:
             done.wait_for(lambda: not self._lines.unfinished_tasks, _FLUSH_SECONDS)
+
+    def close(self) -> None:
+        """End the thread, once it has written what there is; nobody waits for that here."""
+        self._closing = True
+        with suppress(queue.Full):  # then the thread has lines to take, and sees it after them
+            self._lines.put_nowait(None)
+        super().close()
 
 
 def configure(level: str, style: LogFormat, stream: TextIO | None = None) -> None:
@@ -247,12 +256,19 @@ def configure(level: str, style: LogFormat, stream: TextIO | None = None) -> Non
     thread that logs: asyncio tells of every piece written to a client that has gone, and stopped
     the event loop for good when a pipe that nobody read was full of it.
 
+    Told again, it takes the place of what it did before, which is written first.
+
     Args:
         level: one of `LEVELS`; of uvicorn only warnings and errors are of interest, of asyncio
             only errors.
         style: "text", for people, or "json", an object on each line.
         stream: in place of standard error.
     """
+    names = ("earnest", "uvicorn", "asyncio", None)
+    loggers = [logging.getLogger(name) for name in names]
+    former = {one for found in loggers for one in found.handlers if isinstance(one, _Aside)}
+    for one in former:
+        one.flush()
     handler = _Aside(stream or sys.stderr)
     handler.setFormatter(_Json() if style == "json" else _Text())
     for name, least in (("earnest", level), ("uvicorn", "warning"), ("asyncio", "error")):
@@ -263,6 +279,8 @@ def configure(level: str, style: LogFormat, stream: TextIO | None = None) -> Non
             max(logging.getLevelName(level.upper()), logging.getLevelName(least.upper()))
         )
     root = logging.getLogger()
-    root.handlers = root.handlers or [handler]
+    root.handlers = [one for one in root.handlers if one not in former] or [handler]
+    for one in former:  # whatever came to it meanwhile is still written
+        one.close()
     logging.captureWarnings(True)
     logging.getLogger("uvicorn.error").setLevel(logging.NOTSET)

@@ -183,7 +183,7 @@ def talk_of(served: Served, body: ChatBody) -> Talk:
         grammar=_grammar(served, body),
         thinking_tokens=thinking,
         bad_words=body.bad_words or (),
-        salt=salt_of(body),
+        salt=salt_of(body.cache_salt),
         priority=body.priority,
     )
 

@@ -74,8 +74,15 @@ class Sampled(Strict):
 def check_common(served: Served, body: Sampled) -> None:
     """Refuse what every endpoint refuses."""
     check_model(served, body.model)
-    if body.n > served.limits.answers:
-        raise ApiError(400, f"n is too large: at most {served.limits.answers}", param="n")
+    check_count(served, body.n)
+
+
+def check_count(served: Served, count: int, prompts: int = 1) -> None:
+    """Refuse more answers than there is ever room for: to come again would not help."""
+    most = min(served.limits.answers, served.limits.waiting // prompts)
+    if count > most:
+        each = " for each prompt" if prompts > 1 else ""
+        raise ApiError(400, f"n is too large: at most {most}{each}", param="n")
 
 
 def sampling_of(served: Served, body: Sampled, **given: Any) -> SamplingParams:
@@ -128,9 +135,9 @@ def grammar_of(served: Served, body: Sampled) -> Callable[[], str] | None:
     return asked[0] if asked else None
 
 
-def salt_of(body: Sampled) -> bytes:
+def salt_of(cache_salt: str | None) -> bytes:
     """What keeps prefixes of one tenant from another."""
-    return (body.cache_salt or "").encode()
+    return (cache_salt or "").encode("utf-8", "surrogatepass")
 
 
 def usage_of(usage: Usage) -> dict[str, Any]:

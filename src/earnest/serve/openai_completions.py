@@ -23,6 +23,7 @@ from earnest.serve.http import ApiError, event_stream, sse, until_gone
 from earnest.serve.openai_common import (
     Sampled,
     check_common,
+    check_count,
     grammar_of,
     salt_of,
     sampling_of,
@@ -70,8 +71,10 @@ def _asks(served: Served, body: CompletionBody) -> list[Ask]:
     prompts = _prompts(served, body)
     if len(prompts) > served.limits.answers:
         raise ApiError(400, f"too many prompts: at most {served.limits.answers}", param="prompt")
+    check_count(served, body.n, len(prompts))
     grammar = grammar_of(served, body)
     constraint = None if grammar is None else served.grammars.constraint(grammar())
+    constraint = banning(served, body.bad_words or (), constraint)
     sampling = sampling_of(
         served,
         body,
@@ -84,8 +87,8 @@ def _asks(served: Served, body: CompletionBody) -> list[Ask]:
             prompt_ids=tuple(ids),
             sampling=sampling,
             count=body.n,
-            constraint=banning(served, body.bad_words or (), constraint),
-            salt=salt_of(body),
+            constraint=constraint,
+            salt=salt_of(body.cache_salt),
             priority=body.priority,
         )
         for ids in prompts

@@ -16,6 +16,7 @@ from earnest.runners.base import Float32
 from earnest.serve.bodies import Strict, check_model
 from earnest.serve.embedding import MAX_INPUTS, embedded
 from earnest.serve.http import ApiError, until_gone
+from earnest.serve.openai_common import salt_of
 from earnest.serve.state import Served
 
 
@@ -52,7 +53,7 @@ def router(served: Served) -> APIRouter:
             prompts,
             body.pooling,
             normalize=body.normalize,
-            salt=(body.cache_salt or "").encode(),
+            salt=salt_of(body.cache_salt),
             priority=body.priority,
         )
         vectors, cached = await until_gone(request, work)

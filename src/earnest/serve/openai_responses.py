@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Request
 from pydantic import Discriminator, Field, Tag
 from starlette.concurrency import run_in_threadpool
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 
 from earnest.serve.answering import Ask, Finish, Talk, Usage, answers, ask_of, collected
 from earnest.serve.blocks import Block, Blocks, Change
@@ -34,8 +34,9 @@ from earnest.serve.bodies import (
     tool_call,
     turn,
 )
-from earnest.serve.http import ApiError, event_stream, sse, until_gone
+from earnest.serve.http import ApiError, JsonReply, event_stream, sse, until_gone
 from earnest.serve.openai_chat import Part, text_of
+from earnest.serve.openai_common import salt_of
 from earnest.serve.state import Served
 
 Status = Literal["in_progress", "completed", "incomplete"]
@@ -242,7 +243,7 @@ def talk_of(served: Served, body: ResponsesBody) -> Talk:
         variables=thinking_variables(effort),
         grammar=_grammar(served, body),
         thinking_tokens=thinking_tokens(effort),
-        salt=(body.cache_salt or "").encode(),
+        salt=salt_of(body.cache_salt),
         priority=body.priority,
     )
 
@@ -320,7 +321,7 @@ def router(served: Served) -> APIRouter:
         reply = _Reply(served, body, ask)
         if body.stream:
             return await event_stream(request, reply.stream(), wrap_error=reply.failed)
-        return JSONResponse(await until_gone(request, reply.whole()))
+        return JsonReply(await until_gone(request, reply.whole()))
 
     return api
 

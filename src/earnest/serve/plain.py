@@ -95,22 +95,14 @@ def router(served: Served) -> APIRouter:
         check_model(served, body.model)
         if (body.prompt is None) == (body.messages is None):
             raise ApiError(400, "give either a prompt or messages")
-        ids = await run_in_threadpool(lambda: _tokens(served, body))
-        found: dict[str, Any] = {
-            "count": len(ids),
-            "max_model_len": served.model.max_context,
-            "tokens": ids,
-        }
-        if body.return_token_strs:
-            found["token_strs"] = [token_text(served, token) for token in ids]
-        return JSONResponse(found)
+        return await run_in_threadpool(lambda: JSONResponse(_tokenized(served, body)))
 
     @api.post("/detokenize", tags=["tokens"])
-    async def detokenize(body: DetokenizeBody) -> dict[str, str]:
+    async def detokenize(body: DetokenizeBody) -> Response:
         """Token ids to text."""
         check_model(served, body.model)
-        text = await run_in_threadpool(lambda: served.model.tokenizer.decode(body.tokens))
-        return {"prompt": text}
+        decode = served.model.tokenizer.decode
+        return await run_in_threadpool(lambda: JSONResponse({"prompt": decode(body.tokens)}))
 
     return api
 
@@ -127,6 +119,14 @@ def _card(served: Served) -> dict[str, Any]:
         "owned_by": "earnest",
         "max_model_len": served.model.max_context,
     }
+
+
+def _tokenized(served: Served, body: TokenizeBody) -> dict[str, Any]:
+    ids = _tokens(served, body)
+    found = {"count": len(ids), "max_model_len": served.model.max_context, "tokens": ids}
+    if body.return_token_strs:
+        found["token_strs"] = [token_text(served, token) for token in ids]
+    return found
 
 
 def _tokens(served: Served, body: TokenizeBody) -> list[int]:

@@ -63,7 +63,7 @@ class Options(BaseModel):
             there is.
         threads: of each replica; by default as many as it has CPUs.
         lock: pin the weights in RAM.
-        kv: how keys and values are kept: "f16" by default, "bf16", "f32", "int8".
+        kv: how keys and values are kept: "int16" by default, "f16", "bf16", "f32", "int8".
         activation_bits: how finely activations are rounded: 15 by default; 8 is faster and less
             exact.
         context: tokens that a conversation may have.

@@ -35,6 +35,7 @@ class Limits:
         request_seconds: time for an answer; None: as long as it takes.
         waiting: answers that may wait before more are refused.
         answers: answers to one prompt (`n`), and prompts in one request.
+        texts: strings that stop an answer, and those that must not be in it.
         logprobs: likeliest tokens that may be listed.
     """
 
@@ -46,6 +47,7 @@ class Limits:
     request_seconds: float | None = None
     waiting: int = 1024
     answers: int = 128
+    texts: int = 1024
     logprobs: int = 100
 
 

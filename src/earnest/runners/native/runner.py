@@ -32,10 +32,10 @@ POSITIONS_TOGETHER = 16
 # Packing less takes no longer than starting Python, and is not spoken of.
 _WORTH_PACKING = 2**28
 
-_KV_TYPES = {"f32": 0, "bf16": 1, "f16": 2, "int8": 3}
+_KV_TYPES = {"f32": 0, "bf16": 1, "f16": 2, "int8": 3, "int16": 4}
 
-KvType = Literal["f16", "bf16", "f32", "int8"]
-DEFAULT_KV: KvType = "f16"
+KvType = Literal["int16", "f16", "bf16", "f32", "int8"]
+DEFAULT_KV: KvType = "int16"
 
 
 def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
@@ -50,11 +50,12 @@ def kv_bytes_per_token(config: ErnieConfig, kv: KvType = DEFAULT_KV) -> int:
             "there is no such type of keys and values", got=kv, expected=" or ".join(_KV_TYPES)
         )
     keys, values = config.head_dim, -(-config.head_dim // 32) * 32
-    if kv == "int8":  # and two float32 scales
-        channels, number = -(-keys // 4) * 4 + values + 8, 1
-    else:
-        channels, number = keys + values, 4 if kv == "f32" else 2
-    return config.num_hidden_layers * config.num_key_value_heads * channels * number
+    if kv == "int8":
+        keys = -(-keys // 4) * 4
+    number = {"f32": 4, "int8": 1}.get(kv, 2)
+    scales = 8 if kv.startswith("int") else 0  # two of float32
+    head = (keys + values) * number + scales
+    return config.num_hidden_layers * config.num_key_value_heads * head
 
 
 class NativeRunner:
@@ -69,9 +70,10 @@ class NativeRunner:
         memory_budget: bytes that panels packed into memory may take (mapped ones take none); by
             default what is free beside the KV blocks and the scratch.
         plain: round matrices stored as f32, f16 or bf16 to this codec; None keeps their bits.
-        kv: how keys and values are kept. f16 keeps 11 bits of each (and 65504 of what is larger),
-            bf16 8 bits in the same memory, f32 all in twice as much. int8 gives every key and
-            value of a head a scale and takes half: faster at depth, and not as near.
+        kv: how keys and values are kept. int16 gives every key and value of a head a scale; f16
+            keeps 11 bits of each number (and 65504 of what is larger), bf16 8 bits, in the same
+            memory; f32 all in twice as much. int8 has a scale like int16 and takes half: faster
+            at depth, and not as near.
         activation_bits: how finely activations are rounded where they meet block codecs. 15 keeps
             the logits as good as exact; 8 halves the integer products, which prefill feels. With 8
             those that meet bf16 weights become bf16 if the processor multiplies it (docs/isa.md).

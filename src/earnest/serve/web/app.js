@@ -270,19 +270,25 @@ async function answer(parent) {
   const mine = conversation;
   const node = addNode(mine, parent, "assistant", "");
   let planned = false;
+  let rested = 0; // when the next painting may begin
   const running = new Answer(mine, node, () => {
     if (!planned) {
       planned = true;
       // Not more often than the screen is painted; a page in the background paints nothing.
-      (document.hidden ? setTimeout : requestAnimationFrame)(paint, 200);
+      const rest = rested - performance.now();
+      if (document.hidden || rest > 0) setTimeout(paint, Math.max(rest, document.hidden ? 200 : 0));
+      else requestAnimationFrame(paint);
     }
     if (performance.now() - (saved.get(mine.id) ?? 0) > SAVE_EVERY && answers.get(mine.id) === running) save(mine);
   });
   const paint = () => {
     planned = false;
     if (mine !== conversation) return;
+    const begun = performance.now();
     views.find((view) => view.node === node)?.update();
     if (follows) toEnd();
+    // A long block is made anew each time: a fifth of the time at most goes into that.
+    rested = performance.now() + 4 * (performance.now() - begun);
   };
   answers.set(mine.id, running);
   follows = true;

@@ -4,7 +4,7 @@ import { copyButton, el, icon, iconButton } from "./dom.js";
 import { show } from "./markdown.js";
 import { tokenView } from "./tokens.js";
 
-const MOST_MARKED = 100_000; // characters; longer answers are shown as they are written, at once
+const MOST_MARKED = 500_000; // characters, a second of laying out; longer answers are shown as they are written
 
 const seconds = (value) => (value < 10 ? `${value.toFixed(1)} s` : `${Math.round(value)} s`);
 
