@@ -175,7 +175,7 @@ Columns<N> columnsFrom(const Matmul& m, int64_t begin, int64_t end, int64_t p, i
   return columns;
 }
 
-// Tokens [begin, begin + size) with the smallest tile that holds them: 1, 2, 3, 4 or the largest
+// Tokens [begin, begin + size) with the smallest tile that holds them: 2, 3, 4 or the largest
 // (measured on Zen 4: a tile for 5 gains 8% at five tokens only).
 template <class C, int P, int T, int N>
 EARNEST_INLINE void tileOf(int64_t size, const Matmul& m, const uint8_t* const (&w)[N],
@@ -193,13 +193,25 @@ EARNEST_INLINE void tileOf(int64_t size, const Matmul& m, const uint8_t* const (
 template <class C, int P, int N>
 EARNEST_INLINE void tilesOfAllTokens(const Matmul& m, const uint8_t* const (&w)[N],
                                      const Columns<N>& columns) {
-  constexpr int T = Vec::kTokens[P - 1];
+  constexpr int T = Vec::kTokens[P - 1], kLeast = C::kCached ? T : T < 2 ? T : 2;
   int64_t at = 0;
   for (int64_t tiles = (m.x.tokens + T - 1) / T; tiles > 0; --tiles) {
     int64_t size = (m.x.tokens - at + tiles - 1) / tiles;
     if (C::kCached || size > 4) size = T;
-    tileOf<C, P, C::kCached ? T : 1, N>(size, m, w, columns, at);
+    tileOf<C, P, kLeast, N>(size, m, w, columns, at);
     at += size;
+  }
+}
+
+// One token: one stream of panels.
+template <class C, int P>
+void matmulOne(const Matmul& m, int64_t begin, int64_t end) {
+  const int64_t blocks = m.columns / kBlock, bytes = blocks / C::kRuns * C::kBytes;
+  for (int64_t p = begin; p < end; ++p) {
+    int64_t panel[1];
+    const Columns<1> columns = columnsFrom<1>(m, p, p + 1, 0, panel);
+    const uint8_t* const w[1] = {m.panels + p * bytes};
+    tile<C, 1, P, 1>(w, blocks, rowsFrom<1>(m, 0), columns);
   }
 }
 
@@ -304,7 +316,7 @@ void matmulFloats(const Matmul& m, int64_t begin, int64_t end) {
 template <class C, int P>
 EARNEST_INLINE void matmulPanels(const Matmul& m, int64_t begin, int64_t end, void* scratch) {
   if (m.x.tokens == 1) {
-    matmulIntegers<C, P, 1>(m, begin, end, scratch);
+    matmulOne<C, P>(m, begin, end);
   } else {
     matmulIntegers<C, P, R>(m, begin, end, scratch);
   }

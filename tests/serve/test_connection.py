@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 import httpx
 import pytest
 from running import Server
+from uvicorn import Config
+from uvicorn.server import ServerState
 
+from earnest.serve.connection import connection_of
 from earnest.serve.run import Address, listen
+from earnest.serve.state import Limits
 
 
 def test_small_pieces_are_sent_at_once() -> None:
@@ -61,3 +67,89 @@ def test_a_body_that_is_no_http_is_answered_once(
     assert found.count(b"HTTP/1.1 ") == 1 and re.match(rb"HTTP/1.1 (4|200)", found), found
     assert httpx.get(f"{server.url}/health").status_code == 200
     assert not [record for record in caplog.records if record.exc_info]
+
+
+class Recorded(asyncio.Transport):
+    """A transport that writes down what it is told."""
+
+    def __init__(self, happened: list[str]) -> None:
+        super().__init__({"peername": ("client", 1), "sockname": ("server", 2)})
+        self.happened, self.closing = happened, False
+
+    def write(self, data: bytes) -> None:  # type: ignore[override]
+        assert not self.closing
+        lines = [line.decode() for line in data.split(b"\r\n")]
+        self.happened.append(" ".join([lines[0], *(x for x in lines if x.startswith("piece"))]))
+
+    def close(self) -> None:
+        self.happened.append("closed")
+        self.closing = True
+
+    def abort(self) -> None:
+        self.happened.append("aborted")
+        self.closing = True
+
+    def is_closing(self) -> bool:
+        return self.closing
+
+    def pause_reading(self) -> None: ...
+
+    def resume_reading(self) -> None: ...
+
+
+def served(app: Callable[..., Awaitable[None]], clients: int, end: str = "keep-alive") -> list[str]:
+    """What happened when so many clients asked an application at once."""
+    happened: list[str] = []
+
+    async def ask() -> None:
+        config, state = Config(app, http=connection_of(Limits())), ServerState()
+        made = [
+            config.http(config=config, server_state=state, app_state={"happened": happened})  # type: ignore[operator]
+            for _ in range(clients)
+        ]
+        for connection in made:
+            connection.connection_made(Recorded(happened))
+            connection.data_received(
+                f"GET / HTTP/1.1\r\nhost: x\r\nconnection: {end}\r\n\r\n".encode()
+            )
+        await asyncio.gather(*state.tasks)
+        await asyncio.sleep(0.01)
+        for connection in made:
+            connection.connection_lost(None)
+
+    asyncio.run(ask())
+    return [line for line in happened if line]
+
+
+async def in_two_pieces(scope: Any, receive: Any, send: Any) -> None:
+    scope["state"]["happened"].append("asked")
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": b"piece 1", "more_body": True})
+    await send({"type": "http.response.body", "body": b"piece 2"})
+    scope["state"]["happened"].append("answered")
+
+
+@pytest.mark.parametrize(("end", "ends"), [("keep-alive", 0), ("close", 1)])
+def test_what_a_turn_brings_is_sent_at_its_end_once_a_connection(end: str, ends: int) -> None:
+    happened = served(in_two_pieces, 3, end)
+    sent = "HTTP/1.1 200 OK piece 1 piece 2"
+    if ends:  # nothing waits when the connection is closed
+        assert happened[:6] == ["asked", sent, "closed", "answered", "asked", sent]
+    else:
+        assert happened[:9] == ["asked", "answered"] * 3 + [sent] * 3
+    assert happened.count(sent) == 3
+
+
+async def of_many_pieces(scope: Any, receive: Any, send: Any) -> None:
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    for _ in range(5):
+        body = b"piece " + b"x" * 40_000
+        await send({"type": "http.response.body", "body": body, "more_body": True})
+    scope["state"]["happened"].append("answered")
+    await send({"type": "http.response.body"})
+
+
+def test_much_that_is_written_in_one_turn_does_not_wait() -> None:
+    happened = served(of_many_pieces, 1)
+    assert sum("piece" in line for line in happened[: happened.index("answered")]) >= 2
+    assert sum(line.count("piece") for line in happened) == 5
