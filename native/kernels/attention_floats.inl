@@ -20,8 +20,7 @@ struct KvBf16 : Bf16 {
 struct KvInt16 {
   static constexpr int kNumber = 2, kScales = kScaleBytes;
   static EARNEST_INLINE void pair(const uint8_t* p, int, Vec::F& even, Vec::F& odd) {
-    even = Vec::fromShorts(p);
-    odd = Vec::fromShorts(p + 32);
+    Vec::shortPair(p, even, odd);
   }
 };
 

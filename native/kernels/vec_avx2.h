@@ -54,10 +54,13 @@ struct Vec {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
   }
-  static F fromShorts(const uint8_t* p) {
-    const __m128i *low = reinterpret_cast<const __m128i*>(p), *high = low + 1;
-    return {_mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(low))),
-            _mm256_cvtepi32_ps(_mm256_cvtepi16_epi32(_mm_loadu_si128(high)))};
+  static void shortPair(const uint8_t* p, F& even, F& odd) {
+    const __m256i mask = _mm256_set1_epi32(int32_t(0xffff0000));
+    const __m256i x = _mm256_loadu_si256(p256(p)), y = _mm256_loadu_si256(p256(p + 32));
+    even = {_mm256_cvtepi32_ps(_mm256_slli_epi32(x, 16)),
+            _mm256_cvtepi32_ps(_mm256_slli_epi32(y, 16))};
+    odd = {_mm256_cvtepi32_ps(_mm256_and_si256(x, mask)),
+           _mm256_cvtepi32_ps(_mm256_and_si256(y, mask))};
   }
   static F fromSignedBytes(const uint8_t* p) {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));

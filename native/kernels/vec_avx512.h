@@ -39,9 +39,10 @@ struct Vec {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
-  static F fromShorts(const uint8_t* p) {
-    return _mm512_cvtepi32_ps(
-        _mm512_cvtepi16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))));
+  static void shortPair(const uint8_t* p, F& even, F& odd) {
+    const __m512i pair = _mm512_loadu_si512(p);
+    even = _mm512_cvtepi32_ps(_mm512_slli_epi32(pair, 16));
+    odd = _mm512_cvtepi32_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int32_t(0xffff0000))));
   }
   static F fromSignedBytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(

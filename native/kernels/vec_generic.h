@@ -75,10 +75,11 @@ struct Vec {
     for (int i = 0; i < 16; ++i) r[i] = static_cast<int8_t>(p[i]);
     return r;
   }
-  __attribute__((noinline)) static F fromShorts(const uint8_t* p) {
-    F r;
-    for (int i = 0; i < 16; ++i) r[i] = static_cast<int16_t>(p[2 * i] | p[2 * i + 1] << 8);
-    return r;
+  // Pairs of 16-bit integers, [row][2], to the even and the odd column, times 2^16.
+  static void shortPair(const uint8_t* p, F& even, F& odd) {
+    const I pair = loadAs<I>(p);
+    even = __builtin_convertvector(pair << 16, F);
+    odd = __builtin_convertvector(pair & static_cast<int32_t>(0xffff0000), F);
   }
   // Pairs of bf16, [row][2], to the even and the odd column.
   static void bf16Pair(const uint8_t* p, F& even, F& odd) {

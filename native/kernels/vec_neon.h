@@ -56,11 +56,11 @@ struct Vec {
     return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(x))),
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(y)))}};
   }
-  static F fromShorts(const uint8_t* p) {
-    F r;
+  static void shortPair(const uint8_t* p, F& even, F& odd) {
     EARNEST_FOUR(
-      r.v[i] = vcvtq_f32_s32(vmovl_s16(vreinterpret_s16_u8(vld1_u8(p + 8 * i)))));
-    return r;
+      const int32x4_t pair = vreinterpretq_s32_u8(vld1q_u8(p + 16 * i));
+      even.v[i] = vcvtq_f32_s32(vshlq_n_s32(pair, 16));
+      odd.v[i] = vcvtq_f32_s32(vandq_s32(pair, vdupq_n_s32(int32_t(0xffff0000)))));
   }
   static void bf16Pair(const uint8_t* p, F& even, F& odd) {
     EARNEST_FOUR(

@@ -49,13 +49,13 @@ float toIntegers(const float* x, int64_t count, uint8_t* out) {
 
 // Where channel c of a key or a value of position `lane` lies in the numbers of 16 positions.
 int64_t keyPlace(const KvCache& cache, int64_t c, int64_t lane) {
-  const int64_t together = cache.type == kKvBf16 ? 2 : cache.type == kKvInt8 ? 4 : 1;
+  const int64_t together = cache.paired() ? 2 : cache.type == kKvInt8 ? 4 : 1;
   return 16 * together * (c / together) + together * lane + c % together;
 }
 int64_t valuePlace(const KvCache& cache, int64_t c, int64_t lane) {
   const int64_t padded = roundUp(cache.channels, 32);
   if (cache.type == kKvInt8) return lane / 4 * 4 * padded + 4 * c + lane % 4;
-  if (cache.type == kKvBf16)
+  if (cache.paired())
     c = c / 32 * 32 + (c % 32 < 16 ? 2 * (c % 32) : 2 * (c % 32 - 16) + 1);
   return lane * padded + c;
 }
@@ -73,8 +73,9 @@ void store(const KvCache& cache, const StepKernels& kernels, uint8_t* panel, int
     // Up to the end of the head.
     const int64_t some = std::min({kSome, count - done, C - c});
     if (cache.scaled()) {
-      const float scale = cache.type == kKvInt8 ? toIntegers<int8_t>(x + done, some, converted)
-                                                : toIntegers<int16_t>(x + done, some, converted);
+      const float scale = cache.type == kKvInt8
+                              ? toIntegers<int8_t>(x + done, some, converted)
+                              : toIntegers<int16_t>(x + done, some, converted) * 0x1p-16f;
       std::memcpy(panel + 4 * lane, &scale, 4);
     } else if (cache.type != kKvF32) {
       convert(kernels, cache.type, x + done, some, converted);

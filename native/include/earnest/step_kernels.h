@@ -26,8 +26,9 @@ inline constexpr int64_t kAttentionSegment = 1024;  // start from nothing; merge
 //           [page / 16][C * 16 numbers]
 //   values  a row per position, channels padded to a multiple of 32 with zeros; bf16 rows hold
 //           channels i and 16 + i of every 32 beside each other, as their reader wants them
-// As integers, x ~ scale * integer, 16 positions begin with their float32 scales. Those of 16 bits
-// follow as above, those of 8 as
+// As integers, 16 positions begin with their float32 scales. Those of 16 bits follow as bf16 does, and
+// x ~ scale * 2^16 * integer: their reader finds each in the upper half of 32 bits. Of those of 8 bits
+// x ~ scale * integer, and they follow as
 //   keys    [C / 4][16 positions][4 channels], channels padded to a multiple of 4
 //   values  [4][channels][4 positions], channels padded as above
 struct KvView {
