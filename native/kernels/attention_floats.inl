@@ -87,6 +87,7 @@ EARNEST_INLINE void valueTile(const Block& block, int64_t from, int64_t to, int6
     const int64_t group = j / 16, within = C::kScales + j % 16 * row_bytes + run * kRun;
     const uint8_t* row = block.values[group] + within;
     const uint8_t* ahead = block.fetch_keys[group] + within;
+    if constexpr (kFetch && C::kScales != 0) __builtin_prefetch(block.fetch_keys[group], 0, 2);
     const int64_t end = to < 16 * (group + 1) ? to : 16 * (group + 1);
     for (; j < end; ++j, row += row_bytes, ahead += row_bytes) {
       Vec::F v0[S], v1[S];
