@@ -27,7 +27,8 @@ def connection_of(limits: Limits) -> type[asyncio.Protocol]:
 
     class Connection(H11Protocol):
         def connection_made(self, transport: Any) -> None:
-            super().connection_made(_Transport(transport, together, self.loop))
+            held: Any = _Transport(transport, together, self.loop)
+            super().connection_made(held)
             self._head, self._answer = _Timer(self), _Timer(self)
             self._head.start(limits.head_seconds)
 
