@@ -12,10 +12,12 @@ from typing import Any
 import httpx
 import pytest
 from running import Server
+from starlette.requests import Request
 from uvicorn import Config
 from uvicorn.server import ServerState
 
 from earnest.serve.connection import connection_of
+from earnest.serve.http import ApiError, until_gone
 from earnest.serve.run import Address, listen
 from earnest.serve.state import Limits
 
@@ -153,3 +155,34 @@ def test_much_that_is_written_in_one_turn_does_not_wait() -> None:
     happened = served(of_many_pieces, 1)
     assert sum("piece" in line for line in happened[: happened.index("answered")]) >= 2
     assert sum(line.count("piece") for line in happened) == 5
+
+
+def test_who_waits_for_an_answer_is_not_looked_at_again_and_again() -> None:
+    """200 waiting clients that were took a tenth of the tokens from others."""
+    asked = 0
+    left = asyncio.Event()
+
+    async def receive() -> dict[str, str]:
+        nonlocal asked
+        asked += 1
+        await left.wait()
+        return {"type": "http.disconnect"}
+
+    async def main() -> None:
+        request = Request({"type": "http", "method": "POST", "headers": []}, receive)  # type: ignore[arg-type]
+        assert await until_gone(request, asyncio.sleep(0.6, "done")) == "done"
+        assert asked == 1
+        ended = asyncio.Event()
+
+        async def work() -> None:
+            try:
+                await asyncio.sleep(60)
+            finally:
+                ended.set()
+
+        asyncio.get_running_loop().call_later(0.05, left.set)
+        with pytest.raises(ApiError, match="went away"):
+            await asyncio.wait_for(until_gone(request, work()), 10)
+        assert ended.is_set()
+
+    asyncio.run(main())
