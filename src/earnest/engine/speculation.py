@@ -15,10 +15,10 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from bisect import bisect
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from collections.abc import Sequence as Tokens
+from itertools import pairwise
 from typing import Literal, Protocol, get_args
 
 from earnest.engine.sequence import Sequence
@@ -28,10 +28,18 @@ SpeculationName = Literal["prompt"]
 
 # Of more sequences each guess would take a row that computing, not memory, has to pay for.
 _MOST_SEQUENCES, _MOST_GUESSES = 8, 16
-# What a step took is believed for so many steps, and is the median of so many.
-_FRESH, _RECENT = 256, 5
-# A drafter that costs something and was given up is asked again after so many steps.
-_RETRY = 64
+# Tokens a second that guesses must bring, of those without: of many estimates the highest is too
+# high.
+_GAIN = 1.05
+# Of the time of steps without guesses, the share that asking for guesses may take that are not run.
+# For so many steps after some that were run it is so many times as much: more may follow.
+_ASKING, _EAGER = 1 / 400, 8
+# Of the time of such a step, what each guess is hoped to take while nothing is known.
+_HOPED = 1 / 32
+# What a step took is the median of so many, of those without guesses, which are many and what all
+# others are held against, of more; and believed for so many steps, longer where it did not pay.
+_RECENT, _RECENT_PLAIN = 5, 25
+_FRESH, _LONGEST = 256, 4096
 # How much of what was learnt about a sequence's guesses each later guess leaves.
 _MEMORY = 0.9
 # Text further back is not looked through.
@@ -41,20 +49,14 @@ _PLACES = 32
 
 
 class Drafter(Protocol):
-    """Guesses how sequences go on. Called on the engine's thread, between steps.
+    """Guesses how sequences go on. Called on the engine's thread, before some steps.
 
     The seam for a model that drafts, as the MTP head of ERNIE 4.5 will. It is asked about all
     sequences of a step at once, so that it can run them as one batch; keeps what it knows of each
     (keys and values of its own, hidden states that it has its runner leave) by `Sequence.id` until
     `forget`; and compares `Sequence.tokens` with what it has seen to learn which of its guesses
     were taken. A wrong guess costs time and never changes a text.
-
-    Attributes:
-        is_free: guessing costs next to nothing. Then it is asked before every step, whether its
-            guesses are run or not, and noticed when it begins to be right.
     """
-
-    is_free: bool
 
     def draft(self, wanted: Tokens[tuple[Sequence, int]]) -> list[tuple[int, ...]]:
         """For each sequence at most so many ids of the vocabulary, those that follow its last
@@ -74,8 +76,6 @@ class PromptLookup:
         longest: tokens beyond which a longer match is not better, and the latest one is taken.
     """
 
-    is_free = True
-
     def __init__(self, shortest: int = 2, longest: int = 8) -> None:
         self._shortest, self._longest = shortest, longest
         # Per sequence: tokens looked at, and for each run of `shortest` tokens where it ended.
@@ -94,9 +94,19 @@ class PromptLookup:
         places = self._places(sequence.id, tokens).get(tuple(tokens[-self._shortest :]))
         if not places:
             return ()
-        _, start = max((self._match(tokens, place), place) for place in places)
+        start = places[-1]
+        size = self._match(tokens, start)
+        for place in reversed(places):
+            if size >= self._longest:
+                break
+            if place > size and tokens[place - size - 1] == tokens[-size - 1]:  # perhaps longer
+                found = self._match(tokens, place)
+                if found > size:
+                    size, start = found, place
         # A text that repeats itself goes on repeating itself: guesses follow upon guesses.
         period = len(tokens) - start
+        if count <= period:
+            return tuple(tokens[start : start + count])
         return tuple(tokens[start + i % period] for i in range(count))
 
     def _match(self, tokens: Tokens[int], place: int) -> int:
@@ -112,13 +122,19 @@ class PromptLookup:
         done, places = self._seen.get(sequence_id, (max(size, len(tokens) - _WINDOW) - 1, {}))
         for end in range(done + 1, len(tokens)):
             run = tuple(tokens[end - size : end])
-            places.setdefault(run, deque(maxlen=_PLACES)).append(end)
+            if run in places:
+                places[run].append(end)
+            else:
+                places[run] = deque((end,), _PLACES)
         self._seen[sequence_id] = max(done, len(tokens) - 1), places
         return places
 
 
 class Speculation:
     """Decides how much is guessed: as much as brings most tokens a second, often nothing.
+
+    The drafter is asked before every step as long as its guesses are run; otherwise only so often
+    that asking takes next to nothing of the time. So one that takes long is asked seldom.
 
     Args:
         drafter: who guesses.
@@ -137,9 +153,8 @@ class Speculation:
         self._costs: dict[int, _Costs] = {}  # by the number of sequences
         self._chances: dict[int, _Chance] = {}
         self._usual = _Chance(0.5)  # of all sequences: what a new one is thought to be
-        self._proposed: Mapping[int, tuple[int, ...]] = {}
+        self._proposed: dict[int, tuple[int, ...]] = {}  # what has come of them is taken off
         self._begun: tuple[float, _Costs, int] | None = None
-        self._idle = 0
 
     def guesses(self, writing: list[Sequence], room: int) -> dict[int, tuple[int, ...]]:
         """What to try for sequences that are about to run their last token; called once a step.
@@ -148,81 +163,90 @@ class Speculation:
             writing: the sequences of the step, all of them writing.
             room: tokens that the step has left.
         """
-        self._begun, self._proposed = None, {}
+        self._begun = None
         rows = len(writing)
         if not 0 < rows <= _MOST_SEQUENCES:
             return {}
-        begun, costs = self._clock(), self._costs.setdefault(rows, _Costs())
-        most = max(1, min(self._most, _MOST_GUESSES // rows))
-        wanted = [
-            (sequence, count)
-            for sequence in writing
-            if (count := min(most, sequence.limit - sequence.sampler.count - 1)) > 0
-        ]
+        costs = self._costs.get(rows)
+        if costs is None:
+            costs = self._costs[rows] = _Costs(rows)
+        begun = self._clock()
         found: dict[int, tuple[int, ...]] = {}
-        if wanted and self._ask({sequence.id: count for sequence, count in wanted}, rows, room):
-            drafts = zip(wanted, self._drafter.draft(wanted), strict=True)
-            self._proposed = {sequence.id: draft for (sequence, _), draft in drafts if draft}
-            counts = {number: len(draft) for number, draft in self._proposed.items()}
-            lengths = self._worth(counts, rows, room)
-            found = {number: self._proposed[number][:count] for number, count in lengths.items()}
+        if costs.may_ask():
+            found = self._ask(writing, costs, room)
+            if not found:  # what asking took is no part of a step without guesses
+                asked, begun = begun, self._clock()
+                costs.asked(begun - asked)
         self._begun = begun, costs, rows + sum(map(len, found.values()))
         return found
 
     def came(self, sequence_id: int, tokens: Tokens[int]) -> None:
         """These were chosen in this step; guesses are held against them, even those not run."""
-        guesses = self._proposed.get(sequence_id)
-        if not guesses:
+        guesses = self._proposed.pop(sequence_id, None)
+        if guesses is None:
             return
         chance = self._chance(sequence_id)
         for guess, token in zip(guesses, tokens, strict=False):
             chance.learn(guess == token)
             self._usual.learn(guess == token)
             if guess != token:
-                break
+                return
+        if len(guesses) > len(tokens):  # the next step shows more, whether it asks or not
+            self._proposed[sequence_id] = guesses[len(tokens) :]
 
     def stepped(self) -> None:
         """The step is over."""
         if self._begun is not None:
             begun, costs, rows = self._begun
             costs.add(rows, self._clock() - begun)
-        self._begun, self._proposed = None, {}
+        self._begun = None
 
     def forget(self, sequence_id: int) -> None:
         """A sequence has ended."""
         self._chances.pop(sequence_id, None)
+        self._proposed.pop(sequence_id, None)
         self._drafter.forget(sequence_id)
 
     def _chance(self, sequence_id: int) -> _Chance:
-        return self._chances.setdefault(sequence_id, _Chance(self._usual.value))
+        chance = self._chances.get(sequence_id)
+        if chance is None:
+            chance = self._chances[sequence_id] = _Chance(self._usual.value)
+        return chance
 
-    def _ask(self, counts: Mapping[int, int], rows: int, room: int) -> bool:
-        """Whether to ask the drafter for so many guesses."""
-        if self._drafter.is_free or self._worth(counts, rows, room):
-            return True
-        self._idle = (self._idle + 1) % _RETRY
-        return self._idle == 0
+    def _ask(self, writing: list[Sequence], costs: _Costs, room: int) -> dict[int, tuple[int, ...]]:
+        """The guesses of the drafter that are to be run."""
+        most = max(1, min(self._most, _MOST_GUESSES // len(writing)))
+        wanted = [
+            (sequence, count)
+            for sequence in writing
+            if (count := min(most, sequence.limit - sequence.sampler.count - 1)) > 0
+        ]
+        drafts = zip(wanted, self._drafter.draft(wanted) if wanted else (), strict=True)
+        self._proposed = {sequence.id: draft for (sequence, _), draft in drafts if draft}
+        lengths = self._worth(costs, len(writing), room)
+        return {number: self._proposed[number][:count] for number, count in lengths.items()}
 
-    def _worth(self, counts: Mapping[int, int], rows: int, room: int) -> dict[int, int]:
-        """How many of so many guesses to run for each sequence; those with none are left out.
+    def _worth(self, costs: _Costs, rows: int, room: int) -> dict[int, int]:
+        """How many of the proposed guesses to run for each sequence; those with none are left out.
 
         The likeliest are added first, as long as the step brings more tokens a second with them.
         """
-        costs = self._costs[rows]
-        plain = costs.seconds(rows)
-        if plain is None or not counts:
-            return {}  # first see what a step takes without guesses
-        ranked = sorted(
-            (-(self._chance(number).value ** (index + 1)), number)
-            for number, count in counts.items()
-            for index in range(count)
-        )[: max(0, room)]
-        expected, best, chosen = float(rows), rows / plain, 0
-        for index, (negative, _) in enumerate(ranked, 1):
+        ranked: list[tuple[float, int]] = []
+        for number, draft in self._proposed.items():
+            value = chance = self._chance(number).value
+            for _ in draft:
+                ranked.append((-chance, number))
+                chance *= value
+        expected = float(rows)
+        if expected - sum(negative for negative, _ in ranked) <= _GAIN * expected:
+            return {}  # not even if they cost nothing
+        ranked = sorted(ranked)[: max(0, room)]
+        plain, *prices = costs.prices(rows + len(ranked))
+        best, chosen = _GAIN * expected / plain, 0
+        for index, ((negative, _), price) in enumerate(zip(ranked, prices, strict=True), 1):
             expected -= negative
-            rate = expected / (costs.seconds(rows + index) or plain)
-            if rate > best:
-                best, chosen = rate, index
+            if expected / price > best:
+                best, chosen = expected / price, index
         lengths: dict[int, int] = {}
         for _, number in ranked[:chosen]:
             lengths[number] = lengths.get(number, 0) + 1
@@ -257,37 +281,92 @@ class _Chance:
         self._tried = _MEMORY * self._tried + 1
 
 
-class _Costs:
-    """What steps of so many rows took, of late, with one number of sequences."""
+class _Price:
+    """What steps of one number of rows took, of late."""
 
-    def __init__(self) -> None:
-        self._taken: dict[int, deque[float]] = {}
-        self._when: dict[int, int] = {}
-        self._medians: dict[int, float] = {}
-        self._known: list[tuple[int, float]] = []  # those that are believed, by rows
-        self._steps = 0
+    def __init__(self, recent: int) -> None:
+        self._taken: deque[float] = deque(maxlen=recent)
+        self._median: float | None = None
+        self._last = 0
+
+    def add(self, step: int, seconds: float, believed: int) -> None:
+        """So long took step number `step`."""
+        if not self.is_known(step, believed):
+            self._taken.clear()
+        self._taken.append(max(seconds, 1e-9))
+        self._last, self._median = step, None
+
+    def is_known(self, step: int, believed: int) -> bool:
+        """Whether there was such a step of late, `believed` steps ago at most."""
+        return bool(self._taken) and step - self._last <= believed
+
+    @property
+    def seconds(self) -> float:
+        """The median; worked out when asked for."""
+        if self._median is None:
+            self._median = statistics.median(self._taken)
+        return self._median
+
+
+class _Costs:
+    """What steps took, of late, with one number of sequences, and what asking took."""
+
+    def __init__(self, sequences: int) -> None:
+        self._plain = _Price(_RECENT_PLAIN)  # without guesses
+        self._prices = {sequences: self._plain}  # by rows
+        # An asking that looks through a prompt takes longer than those to come.
+        self._askings: deque[float] = deque([0.0] * (_RECENT // 2 + 1), maxlen=_RECENT)
+        self._steps = self._rest = 0
+        self._guessed = -_EAGER  # the last step with guesses
+        self._believed = _FRESH  # what those take; everything is measured by those without
+
+    def may_ask(self) -> bool:
+        """Whether the drafter may be asked before this step; called once a step."""
+        if self._rest > 0:
+            self._rest -= 1
+            return False
+        return self._plain.is_known(
+            self._steps, _FRESH
+        )  # first see what a step takes without guesses
+
+    def asked(self, seconds: float) -> None:
+        """Asking took so long, and no guess is run."""
+        self._askings.append(seconds)
+        share = _ASKING * (_EAGER if self._steps - self._guessed < _EAGER else 1)
+        steps = statistics.median(self._askings) / (share * self._plain.seconds)
+        self._rest = max(0, math.ceil(steps) - 1)
 
     def add(self, rows: int, seconds: float) -> None:
+        """A step of so many rows took so long."""
         self._steps += 1
-        if self._steps - self._when.get(rows, self._steps) > _FRESH:
-            self._taken[rows].clear()
-        self._taken.setdefault(rows, deque(maxlen=_RECENT)).append(max(seconds, 1e-9))
-        self._when[rows] = self._steps
-        self._medians[rows] = statistics.median(self._taken[rows])
-        self._known = sorted(
-            (n, median)
-            for n, median in self._medians.items()
-            if self._steps - self._when[n] <= _FRESH
-        )
+        price = self._prices.get(rows)
+        if price is None:
+            price = self._prices[rows] = _Price(_RECENT)
+        if price is self._plain:
+            price.add(self._steps, seconds, _FRESH)
+            return
+        price.add(self._steps, seconds, self._believed)
+        # What did not pay for so long may not for twice as long.
+        waited = self._steps - self._guessed > _FRESH
+        self._believed = min(2 * self._believed, _LONGEST) if waited else _FRESH
+        self._guessed = self._steps
 
-    def seconds(self, rows: int) -> float | None:
-        """Between known numbers of rows a straight line; beyond the largest as there, so that it is
-        tried; None below the smallest."""
-        at = bisect(self._known, (rows, math.inf))
-        if at == 0:
-            return None
-        low, base = self._known[at - 1]
-        if low == rows or at == len(self._known):
-            return base
-        high, above = self._known[at]
-        return base + (above - base) * (rows - low) / (high - low)
+    def prices(self, most: int) -> list[float]:
+        """Seconds of a step with no guess, one, and so on up to `most` rows.
+
+        Between known numbers of rows a straight line; beyond the largest the one that leads there
+        from steps without guesses, or where nothing else is known so little that it is tried.
+        """
+        known = sorted(
+            (rows, price.seconds)
+            for rows, price in self._prices.items()
+            if price.is_known(self._steps, _FRESH if price is self._plain else self._believed)
+        )
+        found: list[float] = []
+        for (low, base), (high, above) in pairwise(known):
+            slope = (above - base) / (high - low)
+            found += [base + slope * rows for rows in range(high - low)]
+        (fewest, plain), (low, base) = known[0], known[-1]
+        slope = max(0.0, base - plain) / (low - fewest) if low > fewest else plain * _HOPED
+        found += [base + slope * rows for rows in range(most + 1 - low)]
+        return found[: most + 1 - fewest]
