@@ -59,14 +59,20 @@ def still() -> float:
 
 
 def priced(
-    runner: FakeRunner, each: float, drafter: Told | None = None, asking: float = 0
+    runner: FakeRunner,
+    each: float,
+    drafter: Told | None = None,
+    asking: float = 0,
+    slow: int = 0,
 ) -> Callable[[], float]:
-    """A clock by which a step takes 1, and `each` for every token, and the drafter `asking`."""
+    """A clock by which a step takes 1, and `each` for every token, and the drafter `asking`.
+    Of 60 steps the last `slow` take thrice as long."""
     now, seen = 0.0, 0
 
     def clock() -> float:
         nonlocal now, seen
-        now += sum(1 + each * len(batch.tokens) for batch in runner.batches[seen:])
+        for number, batch in enumerate(runner.batches[seen:], seen):
+            now += (3 if number % 60 >= 60 - slow else 1) * (1 + each * len(batch.tokens))
         seen = len(runner.batches)
         return now + (0 if drafter is None else asking * drafter.asked)
 
@@ -74,7 +80,7 @@ def priced(
 
 
 def one_text(
-    tokens: int, each: float, *, asking: float = 0, most: int = 8, **told: Any
+    tokens: int, each: float, *, asking: float = 0, slow: int = 0, most: int = 8, **told: Any
 ) -> tuple[list[int], Told]:
     """The rows of the steps in which one text was written, and who drafted."""
     texts = {(BOS,): [2] * tokens}
@@ -84,7 +90,7 @@ def one_text(
         logits=lambda history, size: -np.abs(np.arange(size, dtype=np.float32) - 2),
     )
     drafter = Told(texts, **told)
-    clock = priced(runner, each, drafter, asking)
+    clock = priced(runner, each, drafter, asking, slow)
     machine = engine(runner, drafter, clock, most=most)
     params = SamplingParams(max_tokens=tokens, ignore_eos=True, temperature=0)
     (events,) = run(machine, [Request((BOS,), params)]).values()
@@ -190,9 +196,9 @@ def test_a_drafter_that_costs_nothing_is_always_asked() -> None:
 @pytest.mark.parametrize("asking", [0.02, 0.5, 3])
 def test_asking_in_vain_takes_next_to_nothing(asking: float) -> None:
     rows, drafter = one_text(1500, each=0, right_from=math.inf, asking=asking)
-    begin = 8  # askings until its price is known
-    assert begin < drafter.asked + begin <= len(rows) / 400 / asking + 2 * begin
-    assert drafter.asked > len(rows) / 500 / asking
+    share = drafter.asked * asking / len(rows)
+    begin = 16 * asking / len(rows)  # it is asked some times before its price is known
+    assert 0.002 < share < 0.0025 + begin
     assert sum(count > 1 for count in rows) < 10
 
 
@@ -216,12 +222,24 @@ def test_a_guess_must_bring_more_than_estimates_are_worth(each: float, pays: boo
     assert guessed > 230 if pays else guessed < 5
 
 
-@pytest.mark.parametrize(("asking", "soon"), [(0, 10), (0.01, 12), (0.5, 250)])
+def test_a_few_slow_steps_do_not_make_guesses_look_cheap() -> None:
+    rows, _ = one_text(240, each=100, most=1, slow=8)
+    assert sum(count > 1 for count in rows) == 1
+
+
+@pytest.mark.parametrize(("asking", "soon"), [(0, 10), (0.01, 12), (0.5, 400)])
 def test_it_is_noticed_when_guesses_begin_to_be_right(asking: float, soon: int) -> None:
-    rows, _ = one_text(700, each=0.02, asking=asking, right_from=300)
+    rows, _ = one_text(900, each=0.02, asking=asking, right_from=300)
     before, after = rows[20:300], rows[300:]
     assert max(before) == 1
     assert next(step for step, count in enumerate(after) if count > 1) <= soon
+
+
+def test_guesses_that_are_not_run_are_held_against_later_steps_too() -> None:
+    """The drafter is asked at every fourth step, and five right guesses show that it pays."""
+    rows, _ = one_text(300, each=0.5, asking=0.015, right_from=100)
+    assert max(rows[20:100]) == 1
+    assert next(step for step, count in enumerate(rows[100:]) if count > 1) <= 12
 
 
 def test_more_guesses_are_expected_after_some() -> None:

@@ -325,9 +325,8 @@ class _Costs:
         if self._rest > 0:
             self._rest -= 1
             return False
-        return self._plain.is_known(
-            self._steps, _FRESH
-        )  # first see what a step takes without guesses
+        # First see what a step takes without guesses.
+        return self._plain.is_known(self._steps, _FRESH)
 
     def asked(self, seconds: float) -> None:
         """Asking took so long, and no guess is run."""
