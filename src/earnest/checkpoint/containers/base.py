@@ -6,6 +6,7 @@ tensors of a file are views of one read-only memory map: opening a 43 GB file co
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from collections import deque
@@ -194,7 +195,12 @@ def map_file(path: Path) -> mmap.mmap:
                 raise FormatError(
                     f"{path} is empty", remedy="download it again; the first attempt was cut off"
                 )
-            return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # What is not in memory yet comes in huge pages, where kernel and file system have them.
+        with contextlib.suppress(OSError):
+            mapped.madvise(mmap.MADV_HUGEPAGE)
+    return mapped
 
 
 def mapped_tensor(
