@@ -158,9 +158,10 @@ void Step::multiply(Worker& w, const Matrix& m, const Activations& x, int64_t be
   kernels_.matmul(task, begin, end, w.matmul);
 }
 
-// Panels of an item: a few items a worker, as far as its buffers hold the results of all tokens.
+// Panels of an item: two items a worker, as far as its buffers hold the results of all tokens. Each
+// begins a new stream of weights, so more of them cost more than an even end gains (docs/log.md).
 int64_t Step::bandPanels(int64_t panels, int64_t tokens) const {
-  const int64_t items = pool_.workers() == 1 ? 1 : 6 * pool_.workers();
+  const int64_t items = pool_.workers() == 1 ? 1 : 2 * pool_.workers();
   const int64_t wanted = std::max<int64_t>(2, roundUp((panels + items - 1) / items, 2));
   const int64_t most = std::max<int64_t>(2, kBandFloats / (tokens * kPanelRows) / 2 * 2);
   return std::min(wanted, most);
