@@ -308,6 +308,14 @@ def test_how_the_server_is(server: Server) -> None:
     assert httpx.get(f"{server.url}/nowhere").json()["error"]["type"] == "not_found_error"
 
 
+def test_counters_begin_at_nought(start: Callable[..., Server]) -> None:
+    """A rate needs the value before the first answer."""
+    page = httpx.get(f"{start().url}/metrics").text
+    for reason in ("stop", "length", "tool_calls"):
+        labels = f'finished_reason="{reason}",model_name="stories"'
+        assert f"vllm:request_success_total{{{labels}}} 0.0\n" in page
+
+
 def test_keys(start: Callable[..., Server]) -> None:
     server = start(api_keys=("right", "also right"))
     url = f"{server.url}/v1/models"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence, Set
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from typing import Any
 
 from earnest.engine import Request, SamplingParams, TokenEvent
 from earnest.engine.constraint import Constraint
@@ -14,11 +14,11 @@ from earnest.serve.blocks import Block, Blocks
 from earnest.serve.constraints import Banned, ThinkingBudget
 from earnest.serve.formats import Delta, Form, OutputParser, calls_schema, form_of, with_tools
 from earnest.serve.journal import current
+from earnest.serve.metrics import Finish
 from earnest.serve.state import Served
 from earnest.serve.strict_calls import StrictCalls
 from earnest.tokenizer.vocabulary import is_unicode
 
-Finish = Literal["stop", "length", "tool_calls"]
 MakeConstraint = Callable[[], Constraint]
 # Turns the grammar of the answer into that of the text, which may begin with thoughts.
 MakeGrammar = Callable[[], str]

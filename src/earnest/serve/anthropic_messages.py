@@ -19,7 +19,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.responses import JSONResponse, Response
 
 from earnest.engine import SamplingParams
-from earnest.serve.answering import Ask, Finish, Talk, Usage, answers, ask_of, collected
+from earnest.serve.answering import Ask, Talk, Usage, answers, ask_of, collected
 from earnest.serve.blocks import Block, Blocks, Change
 from earnest.serve.bodies import (
     Strict,
@@ -31,6 +31,7 @@ from earnest.serve.bodies import (
     turn,
 )
 from earnest.serve.http import ApiError, event_stream, sse, until_gone
+from earnest.serve.metrics import Finish
 from earnest.serve.state import Served
 
 _SIGNATURE = "earnest"

@@ -7,6 +7,7 @@ from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import Literal, get_args
 
 from prometheus_client import CollectorRegistry, Counter, ProcessCollector, generate_latest
 from prometheus_client.core import (
@@ -20,6 +21,8 @@ from prometheus_client.registry import Collector
 from earnest.engine import TokenEvent
 from earnest.engine.service import Load
 
+# Why an answer ended.
+Finish = Literal["stop", "length", "tool_calls"]
 _SECONDS = (
     *(0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5),
     *(1.0, 2.0, 5.0, 10.0, 20.0, 60.0, 120.0, 300.0),
@@ -59,6 +62,8 @@ class Metrics:
             ["model_name", "finished_reason"],
             registry=self._registry,
         )
+        for reason in get_args(Finish):  # a rate needs the 0 before the first
+            self._success.labels(model, reason)
 
     def clock(self) -> Stopwatch:
         """For one answer, started now."""
@@ -68,7 +73,7 @@ class Metrics:
         """What `/metrics` answers."""
         return generate_latest(self._registry)
 
-    def _token(self, watch: Stopwatch, event: TokenEvent, reason: str | None) -> float:
+    def _token(self, watch: Stopwatch, event: TokenEvent, reason: Finish | None) -> float:
         now = time.monotonic()
         if watch.first is None:
             watch.first = now
@@ -105,7 +110,7 @@ class Stopwatch:
     first: float | None = None
     last: float = 0.0
 
-    def token(self, event: TokenEvent, reason: str | None) -> float:
+    def token(self, event: TokenEvent, reason: Finish | None) -> float:
         """A token came; with a reason it is the last. Returns `time.monotonic()`."""
         return self.metrics._token(self, event, reason)
 

@@ -21,7 +21,7 @@ from pydantic import Discriminator, Field, Tag
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response
 
-from earnest.serve.answering import Ask, Finish, Talk, Usage, answers, ask_of, collected
+from earnest.serve.answering import Ask, Talk, Usage, answers, ask_of, collected
 from earnest.serve.blocks import Block, Blocks, Change
 from earnest.serve.bodies import (
     Strict,
@@ -35,6 +35,7 @@ from earnest.serve.bodies import (
     turn,
 )
 from earnest.serve.http import ApiError, JsonReply, event_stream, sse, until_gone
+from earnest.serve.metrics import Finish
 from earnest.serve.openai_chat import Part, text_of
 from earnest.serve.openai_common import salt_of
 from earnest.serve.state import Served

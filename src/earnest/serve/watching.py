@@ -277,7 +277,7 @@ def view(url: str, before: Reading, after: Reading) -> View:
         block_size=_whole(cache.get("block_size")),
         prefix_hits=share("vllm:prefix_cache_hits_total", "vllm:prefix_cache_queries_total"),
         preemptions=_whole(after.get("vllm:num_preemptions_total")),
-        finished={reason: int(count) for reason, count in finished.items()},
+        finished={reason: int(count) for reason, count in finished.items() if count},
         first_token=_times(before, after, "vllm:time_to_first_token_seconds"),
         between_tokens=_times(before, after, "vllm:inter_token_latency_seconds"),
         queue=_times(before, after, "vllm:request_queue_time_seconds"),
