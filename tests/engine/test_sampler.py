@@ -124,6 +124,14 @@ def test_same_tokens_as_the_plain_sampler(
     assert (row == np.array(logits, np.float32)).all(), "the caller's logits were changed"
 
 
+def test_the_nucleus_follows_the_logits() -> None:
+    """Their weights are equal, and only one of the two is needed for half of the whole."""
+    logits = np.array([-1e-38, 0.0], np.float32)
+    for top_k in (0, 2):
+        params = SamplingParams(temperature=0.3, top_k=top_k, top_p=0.5, seed=0)
+        assert Sampler(params, 2, [0]).sample(logits) == 1
+
+
 def frequencies(params: dict[str, Any], logits: np.ndarray, draws: int) -> np.ndarray:
     sampler = Sampler(SamplingParams(seed=20250630, **params), len(logits), [0])
     counts = np.bincount([sampler.sample(logits) for _ in range(draws)], minlength=len(logits))

@@ -168,7 +168,7 @@ class Sampler:
         if 0 < params.top_k < len(weights_V):
             kept = largest(x_V, params.top_k)
         if params.top_p < 1:
-            kept = _nucleus(weights_V, kept, params.top_p)
+            kept = _nucleus(x_V, weights_V, kept, params.top_p)
         weights = weights_V
         if kept is not None:
             # In order of id, so that a seed draws the same token however the set was found.
@@ -252,13 +252,15 @@ def uniform(seed: int, position: int) -> float:
     return (x0 >> 11) * 2.0**-53
 
 
-def _nucleus(weights_V: Float64, kept: Ids | None, top_p: float) -> Ids:
-    """The fewest of the likeliest tokens (of `kept`, best first) that hold a share of `top_p`."""
+def _nucleus(x_V: Float64, weights_V: Float64, kept: Ids | None, top_p: float) -> Ids:
+    """The fewest of the likeliest tokens (of `kept`, best first) that hold a share of `top_p`.
+
+    In the order of their logits, as top-k is: weights of nearly equal logits can be equal."""
     total = weights_V.sum() if kept is None else weights_V[kept].sum()
     # Distributions of language models are steep: a few dozen tokens usually suffice.
     size = 64
     while True:
-        best = largest(weights_V, size) if kept is None else kept
+        best = largest(x_V, size) if kept is None else kept
         reached = np.cumsum(weights_V[best])
         if kept is not None or size >= len(weights_V) or reached[-1] >= top_p * total:
             break
