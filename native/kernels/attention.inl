@@ -7,7 +7,7 @@
 //   o   = o c + sum_j p_j v_j
 // and segments are merged in order: M = max(m, m_s), l = l e^(m - M) + l_s e^(m_s - M), o likewise.
 // (Online softmax: Milakov and Gimelshein 2018.) How the two products are summed depends on the
-// type of keys and values: attention_floats.inl, attention_bytes.inl.
+// type of keys and values: attention_floats.inl, attention_shorts.inl, attention_bytes.inl.
 //
 // Queries, whether heads of a token or tokens of a chunk, are worked on in tiles that share what is
 // read, but no float operation of a query depends on the others of its tile. A query only ever reads
@@ -63,10 +63,19 @@ EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum)
   return correction;
 }
 
+// The values' scales into the weights of 16 `panels` positions.
+EARNEST_INLINE void scaleWeights(float* weights, int64_t panels, const Block& block) {
+  for (int64_t g = 0; g < panels; ++g) {
+    const Vec::F by = Vec::load(reinterpret_cast<const float*>(block.values[g]));
+    Vec::store(weights + 16 * g, Vec::mul(Vec::load(weights + 16 * g), by));
+  }
+}
+
 }  // namespace
 }  // namespace earnest
 
 #include "kernels/attention_floats.inl"
+#include "kernels/attention_shorts.inl"
 #include "kernels/attention_bytes.inl"
 
 namespace earnest {
@@ -166,7 +175,7 @@ void attendSegment(const Attention& a, int64_t segment, float* states, uint8_t* 
     case kKvF16: return attendSegmentAs<FloatKv<KvF16>>(a, segment, states, scratch);
     case kKvBf16: return attendSegmentAs<FloatKv<KvBf16>>(a, segment, states, scratch);
     case kKvInt8: return attendSegmentAs<ByteKv>(a, segment, states, scratch);
-    case kKvInt16: return attendSegmentAs<FloatKv<KvInt16>>(a, segment, states, scratch);
+    case kKvInt16: return attendSegmentAs<ShortKv>(a, segment, states, scratch);
     default: return;
   }
 }
@@ -178,8 +187,10 @@ int64_t scratchOf(int64_t queries, int64_t channels) {
 
 size_t attendScratchBytes(int64_t queries, int64_t channels) {
   const int64_t floats = scratchOf<FloatKv<KvF32>>(queries, channels);
+  const int64_t shorts = scratchOf<ShortKv>(queries, channels);
   const int64_t bytes = scratchOf<ByteKv>(queries, channels);
-  return static_cast<size_t>(floats > bytes ? floats : bytes);
+  const int64_t integers = shorts > bytes ? shorts : bytes;
+  return static_cast<size_t>(floats > integers ? floats : integers);
 }
 
 void mergeState(float* into, const float* from, int64_t channels) {

@@ -1,6 +1,5 @@
-// Scores and sums of values over f32, f16, bf16 and 16-bit integers: every sum is one chain of fma,
-// over channels or positions in order. Integers are multiplied as they are; the scale of a key is
-// multiplied into its finished score, that of a value into its weight.
+// Scores and sums of values over f32, f16 and bf16: every sum is one chain of fma, over channels or
+// positions in order.
 #pragma once
 
 #include "kernels/pointwise.inl"
@@ -9,19 +8,13 @@ namespace earnest {
 namespace {
 
 struct KvF32 : F32 {
-  static constexpr int kNumber = 4, kScales = 0;
+  static constexpr int kNumber = 4;
 };
 struct KvF16 : F16 {
-  static constexpr int kNumber = 2, kScales = 0;
+  static constexpr int kNumber = 2;
 };
 struct KvBf16 : Bf16 {
-  static constexpr int kNumber = 2, kScales = 0;
-};
-struct KvInt16 {
-  static constexpr int kNumber = 2, kScales = kScaleBytes;
-  static EARNEST_INLINE void pair(const uint8_t* p, int, Vec::F& even, Vec::F& odd) {
-    Vec::shortPair(p, even, odd);
-  }
+  static constexpr int kNumber = 2;
 };
 
 // Q queries, packed as [channel][Q], against N panels of 16 positions.
@@ -33,9 +26,7 @@ EARNEST_INLINE void scoreTile(const uint8_t* const* panels, const uint8_t* const
     unroll<0, N>([&](auto n) EARNEST_INLINE_LAMBDA { sum[i.value][n.value] = Vec::zero(); });
   });
   const uint8_t *at[N], *ahead[N];
-  for (int n = 0; n < N; ++n) at[n] = panels[n] + C::kScales, ahead[n] = fetch[n] + C::kScales;
-  if constexpr (C::kScales != 0)
-    for (int n = 0; n < N; ++n) __builtin_prefetch(fetch[n], 0, 2);
+  for (int n = 0; n < N; ++n) at[n] = panels[n], ahead[n] = fetch[n];
   constexpr int kPair = 32 * C::kNumber;  // bytes of two channels of a panel
   const int64_t bytes = channels / 2 * kPair;
   for (int64_t byte = 0; byte < bytes; byte += kPair, q += 2 * Q) {
@@ -60,10 +51,7 @@ EARNEST_INLINE void scoreTile(const uint8_t* const* panels, const uint8_t* const
   }
   unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
     unroll<0, N>([&](auto n) EARNEST_INLINE_LAMBDA {
-      Vec::F& s = sum[i.value][n.value];
-      if constexpr (C::kScales != 0)
-        s = Vec::mul(s, Vec::load(reinterpret_cast<const float*>(panels[n.value])));
-      Vec::store(scores + i.value * kAttentionBlock + 16 * n.value, s);
+      Vec::store(scores + i.value * kAttentionBlock + 16 * n.value, sum[i.value][n.value]);
     });
   });
 }
@@ -84,10 +72,9 @@ EARNEST_INLINE void valueTile(const Block& block, int64_t from, int64_t to, int6
     });
   });
   for (int64_t j = from; j < to;) {
-    const int64_t group = j / 16, within = C::kScales + j % 16 * row_bytes + run * kRun;
+    const int64_t group = j / 16, within = j % 16 * row_bytes + run * kRun;
     const uint8_t* row = block.values[group] + within;
     const uint8_t* ahead = block.fetch_keys[group] + within;
-    if constexpr (kFetch && C::kScales != 0) __builtin_prefetch(block.fetch_keys[group], 0, 2);
     const int64_t end = to < 16 * (group + 1) ? to : 16 * (group + 1);
     for (; j < end; ++j, row += row_bytes, ahead += row_bytes) {
       Vec::F v0[S], v1[S];
@@ -127,22 +114,14 @@ EARNEST_INLINE void valueTiles(const Block& block, int64_t from, int64_t to, int
       valueTile<C, Q, 1, kFetch>(block, from, to, padded, run, weights, states);
 }
 
-// Those of positions that are not seen become anything, and are not looked at.
-EARNEST_INLINE void scaleWeights(float* weights, int64_t panels, const Block& block) {
-  for (int64_t g = 0; g < panels; ++g) {
-    const float* by = reinterpret_cast<const float*>(block.values[g]);
-    for (int k = 0; k < 16; ++k) weights[16 * g + k] *= by[k];
-  }
-}
-
 template <class C>
 struct FloatKv {
   static constexpr int kQueries = Vec::kQueries;
   static constexpr int64_t kWorkBytes = 4 * kQueries * kAttentionBlock;
 
-  static int64_t keyBytes(int64_t channels) { return C::kScales + 16 * C::kNumber * channels; }
+  static int64_t keyBytes(int64_t channels) { return 16 * C::kNumber * channels; }
   static int64_t valueBytes(int64_t channels) {
-    return C::kScales + 16 * C::kNumber * paddedChannels(channels);
+    return 16 * C::kNumber * paddedChannels(channels);
   }
   static int64_t packedBytes(int64_t channels) { return 4 * kQueries * ((channels + 15) / 16 * 16); }
 
@@ -173,7 +152,6 @@ struct FloatKv {
       float* state = states + i * floats;
       const float by = softmax(scores + i * kAttentionBlock, seen[i], state[padded],
                                state[padded + 1]);
-      if constexpr (C::kScales != 0) scaleWeights(scores + i * kAttentionBlock, panels, block);
       if (by == 1.0f) continue;
       for (int64_t c = 0; c < padded; ++c) state[c] *= by;
     }

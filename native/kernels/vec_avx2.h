@@ -54,14 +54,6 @@ struct Vec {
     return {_mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(b)),
             _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_srli_si128(b, 8)))};
   }
-  static void shortPair(const uint8_t* p, F& even, F& odd) {
-    const __m256i mask = _mm256_set1_epi32(int32_t(0xffff0000));
-    const __m256i x = _mm256_loadu_si256(p256(p)), y = _mm256_loadu_si256(p256(p + 32));
-    even = {_mm256_cvtepi32_ps(_mm256_slli_epi32(x, 16)),
-            _mm256_cvtepi32_ps(_mm256_slli_epi32(y, 16))};
-    odd = {_mm256_cvtepi32_ps(_mm256_and_si256(x, mask)),
-           _mm256_cvtepi32_ps(_mm256_and_si256(y, mask))};
-  }
   static F fromSignedBytes(const uint8_t* p) {
     const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
     return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b)),
@@ -81,6 +73,45 @@ struct Vec {
   static I addI(I x, I y) { return {_mm256_add_epi32(x.a, y.a), _mm256_add_epi32(x.b, y.b)}; }
   static I shift7(I x) { return {_mm256_slli_epi32(x.a, 7), _mm256_slli_epi32(x.b, 7)}; }
   static F toFloat(I x) { return {_mm256_cvtepi32_ps(x.a), _mm256_cvtepi32_ps(x.b)}; }
+
+  static F magnitude(F x) {
+    const __m256 sign = _mm256_set1_ps(-0.0f);
+    return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
+  }
+  static float greatest(F x) {
+    const __m256 half = _mm256_max_ps(x.a, x.b);
+    const __m128 four = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
+  }
+  static float sum(F x) {
+    const __m256 half = _mm256_add_ps(x.a, x.b);
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static void storeShorts(uint8_t* p, F x) {
+    const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xd8));
+  }
+
+  struct Pairs { __m256i a, b; };
+  static Pairs loadPairs(const uint8_t* p) {
+    return {_mm256_loadu_si256(p256(p)), _mm256_loadu_si256(p256(p + 32))};
+  }
+  static __m256i broadcastPair(const void* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return _mm256_set1_epi32(two);
+  }
+  static I dotPairs(I sum, Pairs x, __m256i pair) {
+#if EARNEST_AVXVNNI
+    return {_mm256_dpwssd_avx_epi32(sum.a, x.a, pair), _mm256_dpwssd_avx_epi32(sum.b, x.b, pair)};
+#else
+    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x.a, pair)),
+            _mm256_add_epi32(sum.b, _mm256_madd_epi16(x.b, pair))};
+#endif
+  }
 
   static A broadcast(const int8_t* p) {
     int32_t four;

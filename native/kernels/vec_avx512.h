@@ -39,11 +39,6 @@ struct Vec {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
   }
-  static void shortPair(const uint8_t* p, F& even, F& odd) {
-    const __m512i pair = _mm512_loadu_si512(p);
-    even = _mm512_cvtepi32_ps(_mm512_slli_epi32(pair, 16));
-    odd = _mm512_cvtepi32_ps(_mm512_and_si512(pair, _mm512_set1_epi32(int32_t(0xffff0000))));
-  }
   static F fromSignedBytes(const uint8_t* p) {
     return _mm512_cvtepi32_ps(
         _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
@@ -59,6 +54,27 @@ struct Vec {
   static I addI(I a, I b) { return _mm512_add_epi32(a, b); }
   static I shift7(I a) { return _mm512_slli_epi32(a, 7); }
   static F toFloat(I a) { return _mm512_cvtepi32_ps(a); }
+
+  static F magnitude(F a) { return _mm512_abs_ps(a); }
+  static float greatest(F a) { return _mm512_reduce_max_ps(a); }
+  static float sum(F a) {
+    const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
+  }
+  static void storeShorts(uint8_t* p, F a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a)));
+  }
+
+  using Pairs = __m512i;
+  static Pairs loadPairs(const uint8_t* p) { return _mm512_loadu_si512(p); }
+  static __m512i broadcastPair(const void* p) {
+    int32_t two;
+    __builtin_memcpy(&two, p, 4);
+    return _mm512_set1_epi32(two);
+  }
+  static I dotPairs(I sum, Pairs x, __m512i pair) { return _mm512_dpwssd_epi32(sum, x, pair); }
 
   static A broadcast(const int8_t* p) {
     int32_t four;

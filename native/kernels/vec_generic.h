@@ -75,12 +75,6 @@ struct Vec {
     for (int i = 0; i < 16; ++i) r[i] = static_cast<int8_t>(p[i]);
     return r;
   }
-  // Pairs of 16-bit integers, [row][2], to the even and the odd column, times 2^16.
-  static void shortPair(const uint8_t* p, F& even, F& odd) {
-    const I pair = loadAs<I>(p);
-    even = __builtin_convertvector(pair << 16, F);
-    odd = __builtin_convertvector(pair & static_cast<int32_t>(0xffff0000), F);
-  }
   // Pairs of bf16, [row][2], to the even and the odd column.
   static void bf16Pair(const uint8_t* p, F& even, F& odd) {
     const I pair = loadAs<I>(p);
@@ -93,6 +87,41 @@ struct Vec {
   static I addI(I a, I b) { return a + b; }
   static I shift7(I a) { return a << 7; }
   static F toFloat(I a) { return __builtin_convertvector(a, F); }
+
+  static F magnitude(F a) { return reinterpret_cast<F>(reinterpret_cast<I>(a) & 0x7fffffff); }
+  // The largest lane, where none is NaN; the sum over a fixed tree: lanes 8 apart, then 4, 2, 1.
+  __attribute__((noinline)) static float greatest(F a) {
+    float most = a[0];
+    for (int i = 1; i < 16; ++i) most = a[i] > most ? a[i] : most;
+    return most;
+  }
+  __attribute__((noinline)) static float sum(F a) {
+    for (int half = 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) a[i] += a[i + half];
+    return a[0];
+  }
+  // To the nearest 16-bit integers, ties to even: adding 1.5 * 2^23 leaves them in the lowest bits.
+  static void storeShorts(uint8_t* p, F a) {
+    const I bits = reinterpret_cast<I>(a + 12582912.0f) - 0x4b400000;
+    using Halves = int16_t __attribute__((vector_size(32)));
+    const Halves halves = __builtin_convertvector(bits, Halves);
+    __builtin_memcpy(p, &halves, 32);
+  }
+
+  // Pairs of 16-bit integers of 16 rows, [row][2], times a pair that is the same for every row.
+  struct Pairs { I even, odd; };
+  struct Pair { int32_t even, odd; };
+  static Pairs loadPairs(const uint8_t* p) {
+    const I pair = loadAs<I>(p);
+    return {pair << 16 >> 16, pair >> 16};
+  }
+  static Pair broadcastPair(const void* p) {
+    const int32_t pair = loadAs<int32_t>(p);
+    return {static_cast<int16_t>(pair), pair >> 16};
+  }
+  static I dotPairs(I sum, const Pairs& x, Pair pair) {
+    return sum + x.even * pair.even + x.odd * pair.odd;
+  }
 
   // 4 activations as 16-bit factors for the even and the odd bytes of every lane.
   static A broadcast(const int8_t* p) {

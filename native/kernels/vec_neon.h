@@ -56,12 +56,6 @@ struct Vec {
     return {{vcvtq_f32_s32(vmovl_s16(vget_low_s16(x))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(x))),
              vcvtq_f32_s32(vmovl_s16(vget_low_s16(y))), vcvtq_f32_s32(vmovl_s16(vget_high_s16(y)))}};
   }
-  static void shortPair(const uint8_t* p, F& even, F& odd) {
-    EARNEST_FOUR(
-      const int32x4_t pair = vreinterpretq_s32_u8(vld1q_u8(p + 16 * i));
-      even.v[i] = vcvtq_f32_s32(vshlq_n_s32(pair, 16));
-      odd.v[i] = vcvtq_f32_s32(vandq_s32(pair, vdupq_n_s32(int32_t(0xffff0000)))));
-  }
   static void bf16Pair(const uint8_t* p, F& even, F& odd) {
     EARNEST_FOUR(
       const uint32x4_t pair = vreinterpretq_u32_u8(vld1q_u8(p + 16 * i));
@@ -74,6 +68,40 @@ struct Vec {
   static I addI(I x, I y) { EARNEST_FOUR(x.v[i] = vaddq_s32(x.v[i], y.v[i])); return x; }
   static I shift7(I x) { EARNEST_FOUR(x.v[i] = vshlq_n_s32(x.v[i], 7)); return x; }
   static F toFloat(I x) { F r; EARNEST_FOUR(r.v[i] = vcvtq_f32_s32(x.v[i])); return r; }
+
+  static F magnitude(F x) { EARNEST_FOUR(x.v[i] = vabsq_f32(x.v[i])); return x; }
+  static float greatest(F x) {
+    return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
+  }
+  static float sum(F x) {
+    const float32x4_t four =
+        vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
+  static void storeShorts(uint8_t* p, F x) {
+    EARNEST_FOUR(vst1_u8(p + 8 * i, vreinterpret_u8_s16(vmovn_s32(vcvtnq_s32_f32(x.v[i])))));
+  }
+
+  struct Pairs { int16x4_t even[4], odd[4]; };
+  struct Pair { int16x4_t even, odd; };
+  static Pairs loadPairs(const uint8_t* p) {
+    Pairs r;
+    EARNEST_FOUR(
+      const int32x4_t pair = vreinterpretq_s32_u8(vld1q_u8(p + 16 * i));
+      r.even[i] = vmovn_s32(pair);
+      r.odd[i] = vshrn_n_s32(pair, 16));
+    return r;
+  }
+  static Pair broadcastPair(const void* p) {
+    int16_t two[2];
+    __builtin_memcpy(two, p, 4);
+    return {vdup_n_s16(two[0]), vdup_n_s16(two[1])};
+  }
+  static I dotPairs(I sum, const Pairs& x, Pair pair) {
+    EARNEST_FOUR(sum.v[i] = vmlal_s16(vmlal_s16(sum.v[i], x.even[i], pair.even), x.odd[i], pair.odd));
+    return sum;
+  }
 
   static A broadcast(const int8_t* p) {
     int32_t four;

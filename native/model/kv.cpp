@@ -55,7 +55,8 @@ int64_t keyPlace(const KvCache& cache, int64_t c, int64_t lane) {
 int64_t valuePlace(const KvCache& cache, int64_t c, int64_t lane) {
   const int64_t padded = roundUp(cache.channels, 32);
   if (cache.type == kKvInt8) return lane / 4 * 4 * padded + 4 * c + lane % 4;
-  if (cache.paired())
+  if (cache.type == kKvInt16) return lane / 2 * 2 * padded + 2 * c + lane % 2;
+  if (cache.type == kKvBf16)
     c = c / 32 * 32 + (c % 32 < 16 ? 2 * (c % 32) : 2 * (c % 32 - 16) + 1);
   return lane * padded + c;
 }
@@ -75,7 +76,7 @@ void store(const KvCache& cache, const StepKernels& kernels, uint8_t* panel, int
     if (cache.scaled()) {
       const float scale = cache.type == kKvInt8
                               ? toIntegers<int8_t>(x + done, some, converted)
-                              : toIntegers<int16_t>(x + done, some, converted) * 0x1p-16f;
+                              : toIntegers<int16_t>(x + done, some, converted);
       std::memcpy(panel + 4 * lane, &scale, 4);
     } else if (cache.type != kKvF32) {
       convert(kernels, cache.type, x + done, some, converted);

@@ -14,7 +14,7 @@ struct KvCache {
   int64_t kv_heads = 0, channels = 0;
 
   int64_t number() const { return type == kKvF32 ? 4 : type == kKvInt8 ? 1 : 2; }
-  // Two channels beside each other.
+  // Two channels of a key beside each other.
   bool paired() const { return type == kKvBf16 || type == kKvInt16; }
   bool scaled() const { return type == kKvInt8 || type == kKvInt16; }
   // Of 16 positions, with their scales.

@@ -47,22 +47,17 @@ def integers(x: np.ndarray, kv: str) -> tuple[np.ndarray, np.ndarray]:
 
 def laid_out_integers(keys: np.ndarray, values: np.ndarray, page: int, kv: str) -> np.ndarray:
     """As `laid_out`: 16 positions begin with their scales. In 8 bits keys follow as
-    [C / 4][16][4], values as [4][C][4], where 4 positions are neighbours; in 16 bits as bf16, and
-    the scales are of integers times 2^16."""
+    [C / 4][16][4], values as [4][C][4], where 4 positions are neighbours; in 16 bits both are 2."""
     L, K, P, C = keys.shape
     together = 4 if kv == "int8" else 2
     parts = []
     for x, multiple in ((keys, together), (values, 32)):
         q, scale = integers(x, kv)
-        if kv == "int16":
-            scale = scale / np.float32(2**16)
         q = np.pad(q, ((0, 0), (0, 0), (0, 0), (0, -C % multiple)))
         if multiple == together:
             q = q.reshape(L, K, P // 16, 16, -1, together).swapaxes(3, 4)
-        elif kv == "int8":
-            q = q.reshape(L, K, P // 16, 4, 4, -1).swapaxes(4, 5)
         else:
-            q = q.reshape(L, K, P // 16, 16, -1, 2, 16).swapaxes(5, 6)
+            q = q.reshape(L, K, P // 16, 16 // together, together, -1).swapaxes(4, 5)
         q = np.ascontiguousarray(q.reshape(L, K, P // 16, -1)).view(np.uint8)
         scale = scale.reshape(L, K, P // 16, 16).view(np.uint8)
         part = np.concatenate([scale, q], axis=-1)

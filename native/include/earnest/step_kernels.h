@@ -26,11 +26,11 @@ inline constexpr int64_t kAttentionSegment = 1024;  // start from nothing; merge
 //           [page / 16][C * 16 numbers]
 //   values  a row per position, channels padded to a multiple of 32 with zeros; bf16 rows hold
 //           channels i and 16 + i of every 32 beside each other, as their reader wants them
-// As integers, 16 positions begin with their float32 scales. Those of 16 bits follow as bf16 does, and
-// x ~ scale * 2^16 * integer: their reader finds each in the upper half of 32 bits. Of those of 8 bits
-// x ~ scale * integer, and they follow as
-//   keys    [C / 4][16 positions][4 channels], channels padded to a multiple of 4
-//   values  [4][channels][4 positions], channels padded as above
+// As integers, 16 positions begin with their float32 scales, x ~ scale * integer. They follow as
+//           16 bits                                 8 bits
+//   keys    [C / 2][16 positions][2 channels]       [C / 4][16 positions][4 channels]
+//   values  [8][channels][2 positions]              [4][channels][4 positions]
+// with channels of 8-bit keys padded to a multiple of 4, those of values as above.
 struct KvView {
   const uint8_t* base;   // of this layer and head, in page 0
   int64_t page_stride;   // bytes from a page to the next
