@@ -47,18 +47,18 @@ struct Block {
 EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum) {
   const int64_t end = (seen + 15) / 16 * 16;
   for (int64_t j = seen; j < end; ++j) s[j] = -__builtin_inff();
-  float lanes[16];
-  for (int k = 0; k < 16; ++k) lanes[k] = s[k];
-  for (int64_t j = 16; j < end; j += 16)
-    for (int k = 0; k < 16; ++k) lanes[k] = s[j + k] > lanes[k] ? s[j + k] : lanes[k];
-  float top = maximum;
-  for (int k = 0; k < 16; ++k) top = lanes[k] > top ? lanes[k] : top;
-  for (int64_t j = 0; j < end; ++j) s[j] = exponential(s[j] - top);
-  for (int k = 0; k < 16; ++k) lanes[k] = s[k];
-  for (int64_t j = 16; j < end; j += 16)
-    for (int k = 0; k < 16; ++k) lanes[k] += s[j + k];
+  Vec::F lanes = Vec::load(s);
+  for (int64_t j = 16; j < end; j += 16) lanes = Vec::greater(Vec::load(s + j), lanes);
+  const float most = Vec::greatest(lanes), top = most > maximum ? most : maximum;
+  const Vec::F negative = Vec::set1(-top);
+  lanes = Vec::zero();
+  for (int64_t j = 0; j < end; j += 16) {
+    const Vec::F p = exponentials(Vec::add(Vec::load(s + j), negative));
+    lanes = Vec::add(lanes, p);
+    Vec::store(s + j, p);
+  }
   const float correction = exponential(maximum - top);
-  sum = sum * correction + sumOfLanes(lanes);
+  sum = sum * correction + Vec::sum(lanes);
   maximum = top;
   return correction;
 }
@@ -124,8 +124,9 @@ void attendSegmentAs(const Attention& a, int64_t segment, float* states, uint8_t
     }
     Kv::pack(q, static_cast<int>(to - from), a.channels, a.scale, scratch + tile * packed_bytes);
   }
+  const int64_t last = a.first + a.tokens;
   const auto find = [&](int64_t at, const uint8_t** keys, const uint8_t** values) {
-    for (int64_t g = 0; g < kGroups && at + 16 * g < end; ++g) {
+    for (int64_t g = 0; g < kGroups && at + 16 * g < last; ++g) {
       const int64_t position = at + 16 * g, slot = position % a.kv.page / 16;
       const uint8_t* page = a.kv.base + a.kv.table[position / a.kv.page] * a.kv.page_stride;
       keys[g] = page + slot * Kv::keyBytes(a.channels);
@@ -137,15 +138,15 @@ void attendSegmentAs(const Attention& a, int64_t segment, float* states, uint8_t
   const uint8_t* next_values[kGroups];
   find(begin, next_keys, next_values);
   for (int64_t at = begin; at < end; at += kAttentionBlock) {
-    for (int64_t g = 0; g < kGroups && at + 16 * g < end; ++g) {
+    for (int64_t g = 0; g < kGroups && at + 16 * g < last; ++g) {
       block.keys[g] = block.fetch_keys[g] = next_keys[g];
       block.values[g] = block.fetch_values[g] = next_values[g];
     }
     const int64_t next = at + kAttentionBlock;
     find(next, next_keys, next_values);
-    // While keys are read, the values of the block are fetched; while those are, the next keys. For
-    // later tiles all of it lies in cache.
-    for (int64_t g = 0; g < kGroups && next + 16 * g < end; ++g)
+    // While keys are read, the values of the block are fetched; while those are, the next keys (also
+    // of the next segment: mostly the same worker goes on there). For later tiles all lies in cache.
+    for (int64_t g = 0; g < kGroups && next + 16 * g < last; ++g)
       block.fetch_keys[g] = next_keys[g];
     bool fetched = false;
     for (int64_t tile = 0; tile < tiles; ++tile) {
@@ -160,7 +161,7 @@ void attendSegmentAs(const Attention& a, int64_t segment, float* states, uint8_t
                                    scratch + tile * packed_bytes, states + from * floats, work);
       if (!fetched) {
         fetched = true;
-        for (int64_t g = 0; g < kGroups && at + 16 * g < end; ++g) {
+        for (int64_t g = 0; g < kGroups && at + 16 * g < last; ++g) {
           block.fetch_keys[g] = block.keys[g];
           block.fetch_values[g] = block.keys[g];
         }

@@ -19,16 +19,41 @@ namespace {
 constexpr float kShortMost = 32767.0f;
 constexpr float kShortTotal = 65528.0f;  // and half for rounding each of 16
 
-// 16 numbers to integers beside each other. Returns their scale: NaN if one of them is not finite,
-// and 0 if all are nearly 0.
-EARNEST_INLINE float toShorts(Vec::F x, uint8_t* out) {
-  const Vec::F size = Vec::magnitude(x);
-  const float most = Vec::greatest(size), total = Vec::sum(size);
-  const bool finite = total < __builtin_inff(), good = finite && most >= 0x1p-100f;
-  const float by_most = most * (1.0f / kShortMost), by_total = total * (1.0f / kShortTotal);
-  const float scale = by_most > by_total ? by_most : by_total;
-  Vec::storeShorts(out, good ? Vec::mul(x, Vec::set1(1.0f / scale)) : Vec::zero());
-  return good ? scale : finite ? 0.0f : __builtin_nanf("");
+// `groups` (at most 8) of 16 numbers to integers, a group every `stride` bytes, and their scales: NaN
+// if one of the 16 is not finite, 0 if all are nearly 0.
+EARNEST_INLINE void toShorts(const float* x, int64_t groups, uint8_t* out, int64_t stride,
+                             float* scales) {
+  Vec::F all[8], sizes[8];
+  unroll<0, 8>([&](auto g) EARNEST_INLINE_LAMBDA {
+    all[g.value] = g.value < groups ? Vec::load(x + 16 * g.value) : Vec::zero();
+    sizes[g.value] = Vec::magnitude(all[g.value]);
+  });
+  alignas(32) float most[8], total[8], inverse[8];
+  Vec::greatestOf8(sizes, most);
+  Vec::sumOf8(sizes, total);
+  for (int g = 0; g < 8; ++g) {
+    const float by_most = most[g] * (1.0f / kShortMost), by_total = total[g] * (1.0f / kShortTotal);
+    const float scale = by_most > by_total ? by_most : by_total;
+    const bool finite = total[g] < __builtin_inff(), good = finite && most[g] >= 0x1p-100f;
+    inverse[g] = good ? 1.0f / scale : 0.0f;
+    total[g] = good ? scale : finite ? 0.0f : __builtin_nanf("");
+  }
+  unroll<0, 8>([&](auto g) EARNEST_INLINE_LAMBDA {
+    if (g.value >= groups) return;
+    const Vec::F y = Vec::mul(all[g.value], Vec::set1(inverse[g.value]));
+    Vec::storeShorts(out + stride * g.value, inverse[g.value] > 0 ? y : Vec::zero());
+    scales[g.value] = total[g.value];
+  });
+}
+
+// Every fourth line is fetched while weights are computed: memory would have nothing to do then, and
+// more to do at other times than it can.
+EARNEST_INLINE bool isLater(int64_t line) { return line % 4 == 3; }
+
+// The `part`-th of `parts` of such lines of a panel.
+EARNEST_INLINE void fetchLater(const uint8_t* panel, int64_t lines, int part, int parts) {
+  for (int64_t i = lines / 4 * part / parts; i < lines / 4 * (part + 1) / parts; ++i)
+    __builtin_prefetch(panel + kScaleBytes + 64 * (4 * i + 3), 0, 2);
 }
 
 struct ShortKv {
@@ -48,13 +73,16 @@ struct ShortKv {
   static void pack(const float* const* q, int queries, int64_t channels, float scale,
                    uint8_t* packed) {
     for (int i = 0; i < queries; ++i)
-      for (int64_t run = 0; run < runs(channels); ++run) {
-        alignas(64) float x[16];
-        for (int64_t j = 0; j < 16; ++j)
+      for (int64_t run = 0; run < runs(channels); run += 8) {
+        alignas(64) float x[128];
+        for (int64_t j = 0; j < 128; ++j)
           x[j] = 16 * run + j < channels ? q[i][16 * run + j] * scale : 0.0f;
+        const int64_t count = runs(channels) - run < 8 ? runs(channels) - run : 8;
         uint8_t* out = packed + kRunBytes * run;
-        const float by = toShorts(Vec::load(x), out + 32 * i);
-        __builtin_memcpy(out + 32 * kQueries + 4 * i, &by, 4);
+        float scales[8];
+        toShorts(x, count, out + 32 * i, kRunBytes, scales);
+        for (int64_t g = 0; g < count; ++g)
+          __builtin_memcpy(out + kRunBytes * g + 32 * kQueries + 4 * i, scales + g, 4);
       }
   }
 
@@ -80,7 +108,7 @@ struct ShortKv {
         Vec::Pairs k[N];
         unroll<0, N>([&](auto n) EARNEST_INLINE_LAMBDA {
           k[n.value] = Vec::loadPairs(at[n.value] + byte);
-          __builtin_prefetch(ahead[n.value] + byte, 0, 2);
+          if (!isLater(byte / 64)) __builtin_prefetch(ahead[n.value] + byte, 0, 2);
         });
         unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
           const auto pair = Vec::broadcastPair(u + 32 * i.value);
@@ -136,7 +164,7 @@ struct ShortKv {
         Vec::Pairs v[S];
         unroll<0, S>([&](auto s) EARNEST_INLINE_LAMBDA {
           v[s.value] = Vec::loadPairs(at + 64 * s.value);
-          __builtin_prefetch(ahead + 64 * s.value, 0, 2);
+          if (!isLater(run + s.value)) __builtin_prefetch(ahead + 64 * s.value, 0, 2);
         });
         unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
           const auto pair = Vec::broadcastPair(integers + 32 * i.value + 4 * j);
@@ -187,10 +215,13 @@ struct ShortKv {
       scaleWeights(s, (sees + 15) / 16, block);
       for (int64_t j = sees; j < 16 * panels; ++j) s[j] = 0.0f;
       for (int64_t g = 0; g < panels; ++g) {
-        const float by = toShorts(Vec::load(s + 16 * g), integers + 32 * (g * Q + i));
-        // Adding nothing must change nothing, not even the sign of a zero.
-        scales[g * Q + i] = 16 * g < sees ? by : -0.0f;
+        fetchLater(block.fetch_values[g], padded / 2, i, Q);
+        fetchLater(block.fetch_keys[g], channels / 2, i, Q);
       }
+      float by[kGroups];
+      toShorts(s, panels, integers + 32 * i, 32 * Q, by);
+      // Adding nothing must change nothing, not even the sign of a zero.
+      for (int64_t g = 0; g < panels; ++g) scales[g * Q + i] = 16 * g < sees ? by[g] : -0.0f;
     }
     constexpr int S = beside(2 * Q) < 4 ? beside(2 * Q) : 4;
     int64_t run = 0;

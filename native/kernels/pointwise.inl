@@ -43,6 +43,25 @@ EARNEST_INLINE float exponential(float x) {
   return x < -87.0f ? 0.0f : p * power;
 }
 
+// The same for numbers up to 0, with fma.
+EARNEST_INLINE Vec::F exponentials(Vec::F x) {
+  const Vec::F least = Vec::set1(-87.0f), round = Vec::set1(12582912.0f);
+  const Vec::F bounded = Vec::greater(least, x);  // NaN stays
+  const Vec::F shifted = Vec::fma(bounded, Vec::set1(1.44269504f), round);
+  const Vec::F n = Vec::add(shifted, Vec::neg(round));
+  Vec::F r = Vec::fma(n, Vec::set1(-0.693359375f), bounded);
+  r = Vec::fma(n, Vec::set1(2.12194440e-4f), r);
+  Vec::F p = Vec::set1(1.98412698e-4f);
+  p = Vec::fma(p, r, Vec::set1(1.38888889e-3f));
+  p = Vec::fma(p, r, Vec::set1(8.33333333e-3f));
+  p = Vec::fma(p, r, Vec::set1(4.16666667e-2f));
+  p = Vec::fma(p, r, Vec::set1(1.66666667e-1f));
+  p = Vec::fma(p, r, Vec::set1(0.5f));
+  p = Vec::fma(p, r, Vec::set1(1.0f));
+  p = Vec::fma(p, r, Vec::set1(1.0f));
+  return Vec::zeroBelow(x, least, Vec::timesPower(p, shifted));
+}
+
 void rmsNorm(const float* x, const float* weight, int64_t columns, int64_t padded, float eps,
              float* out) {
   Vec::F sum[4] = {Vec::zero(), Vec::zero(), Vec::zero(), Vec::zero()};

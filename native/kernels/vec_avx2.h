@@ -78,6 +78,18 @@ struct Vec {
     const __m256 sign = _mm256_set1_ps(-0.0f);
     return {_mm256_andnot_ps(sign, x.a), _mm256_andnot_ps(sign, x.b)};
   }
+  static F greater(F x, F y) { return {_mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)}; }
+  static F zeroBelow(F x, F least, F value) {
+    return {_mm256_and_ps(_mm256_cmp_ps(x.a, least.a, _CMP_NLT_UQ), value.a),
+            _mm256_and_ps(_mm256_cmp_ps(x.b, least.b, _CMP_NLT_UQ), value.b)};
+  }
+  static __m256 timesPower(__m256 x, __m256 shifted) {
+    return _mm256_castsi256_ps(_mm256_add_epi32(
+        _mm256_castps_si256(x), _mm256_slli_epi32(_mm256_castps_si256(shifted), 23)));
+  }
+  static F timesPower(F x, F shifted) {
+    return {timesPower(x.a, shifted.a), timesPower(x.b, shifted.b)};
+  }
   static float greatest(F x) {
     const __m256 half = _mm256_max_ps(x.a, x.b);
     const __m128 four = _mm_max_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
@@ -90,6 +102,12 @@ struct Vec {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  static void greatestOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = greatest(x[i]);
+  }
+  static void sumOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = sum(x[i]);
+  }
   static void storeShorts(uint8_t* p, F x) {
     const __m256i both = _mm256_packs_epi32(_mm256_cvtps_epi32(x.a), _mm256_cvtps_epi32(x.b));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_permute4x64_epi64(both, 0xd8));
@@ -99,7 +117,7 @@ struct Vec {
   static Pairs loadPairs(const uint8_t* p) {
     return {_mm256_loadu_si256(p256(p)), _mm256_loadu_si256(p256(p + 32))};
   }
-  static __m256i broadcastPair(const void* p) {
+  static __m256i broadcastPair(const uint8_t* p) {
     int32_t two;
     __builtin_memcpy(&two, p, 4);
     return _mm256_set1_epi32(two);

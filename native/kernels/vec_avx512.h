@@ -56,6 +56,14 @@ struct Vec {
   static F toFloat(I a) { return _mm512_cvtepi32_ps(a); }
 
   static F magnitude(F a) { return _mm512_abs_ps(a); }
+  static F greater(F a, F b) { return _mm512_max_ps(a, b); }
+  static F zeroBelow(F x, F least, F value) {
+    return _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x, least, _CMP_NLT_UQ), value);
+  }
+  static F timesPower(F x, F shifted) {
+    return _mm512_castsi512_ps(_mm512_add_epi32(
+        _mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
+  }
   static float greatest(F a) { return _mm512_reduce_max_ps(a); }
   static float sum(F a) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
@@ -63,18 +71,48 @@ struct Vec {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+  // Of 8 vectors each, through transposing: a third of the shuffles.
+  template <class Op>
+  static void of8(const F (&x)[8], float* out, Op op) {
+    F pair[4], four[2];
+    for (int i = 0; i < 4; ++i)
+      pair[i] = op(_mm512_unpacklo_ps(x[2 * i], x[2 * i + 1]),
+                   _mm512_unpackhi_ps(x[2 * i], x[2 * i + 1]));
+    for (int i = 0; i < 2; ++i) {
+      const __m512d a = _mm512_castps_pd(pair[2 * i]), b = _mm512_castps_pd(pair[2 * i + 1]);
+      four[i] = op(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)),
+                   _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    const F halves = op(_mm512_shuffle_f32x4(four[0], four[1], 0x88),
+                        _mm512_shuffle_f32x4(four[0], four[1], 0xdd));
+    const F all = op(_mm512_shuffle_f32x4(halves, halves, 0x88),
+                     _mm512_shuffle_f32x4(halves, halves, 0xdd));
+    _mm256_storeu_ps(out, _mm512_castps512_ps256(all));
+  }
+  static void greatestOf8(const F (&x)[8], float* out) { of8(x, out, greater); }
+  static void sumOf8(const F (&x)[8], float* out) { of8(x, out, add); }
   static void storeShorts(uint8_t* p, F a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a)));
   }
 
   using Pairs = __m512i;
   static Pairs loadPairs(const uint8_t* p) { return _mm512_loadu_si512(p); }
-  static __m512i broadcastPair(const void* p) {
+#if EARNEST_SIMDE
+  static I broadcastPair(const uint8_t* p) {
     int32_t two;
     __builtin_memcpy(&two, p, 4);
     return _mm512_set1_epi32(two);
   }
-  static I dotPairs(I sum, Pairs x, __m512i pair) { return _mm512_dpwssd_epi32(sum, x, pair); }
+  static I dotPairs(I sum, Pairs x, I pair) { return _mm512_dpwssd_epi32(sum, x, pair); }
+#else
+  // gcc 12 would broadcast with an operation of its own.
+  static const uint8_t* broadcastPair(const uint8_t* p) { return p; }
+  static I dotPairs(I sum, Pairs x, const uint8_t* pair) {
+    const auto& two = *reinterpret_cast<const uint8_t(*)[4]>(pair);
+    __asm__("vpdpwssd %1%{1to16%}, %2, %0" : "+v"(sum) : "m"(two), "v"(x));
+    return sum;
+  }
+#endif
 
   static A broadcast(const int8_t* p) {
     int32_t four;

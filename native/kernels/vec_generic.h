@@ -89,6 +89,14 @@ struct Vec {
   static F toFloat(I a) { return __builtin_convertvector(a, F); }
 
   static F magnitude(F a) { return reinterpret_cast<F>(reinterpret_cast<I>(a) & 0x7fffffff); }
+  // The second one where one of them is NaN.
+  static F greater(F a, F b) { return a > b ? a : b; }
+  // `value`, but 0 where x is less than `least`.
+  static F zeroBelow(F x, F least, F value) { return x < least ? F{} : value; }
+  // x times 2^n, where n + 1.5 * 2^23 is given and the result is a normal number.
+  static F timesPower(F x, F shifted) {
+    return reinterpret_cast<F>(reinterpret_cast<I>(x) + (reinterpret_cast<I>(shifted) << 23));
+  }
   // The largest lane, where none is NaN; the sum over a fixed tree: lanes 8 apart, then 4, 2, 1.
   __attribute__((noinline)) static float greatest(F a) {
     float most = a[0];
@@ -99,6 +107,13 @@ struct Vec {
     for (int half = 8; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) a[i] += a[i + half];
     return a[0];
+  }
+  // The same of 8 vectors; a sum's tree may be another one.
+  static void greatestOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = greatest(x[i]);
+  }
+  static void sumOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = sum(x[i]);
   }
   // To the nearest 16-bit integers, ties to even: adding 1.5 * 2^23 leaves them in the lowest bits.
   static void storeShorts(uint8_t* p, F a) {
@@ -115,7 +130,7 @@ struct Vec {
     const I pair = loadAs<I>(p);
     return {pair << 16 >> 16, pair >> 16};
   }
-  static Pair broadcastPair(const void* p) {
+  static Pair broadcastPair(const uint8_t* p) {
     const int32_t pair = loadAs<int32_t>(p);
     return {static_cast<int16_t>(pair), pair >> 16};
   }

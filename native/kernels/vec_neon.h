@@ -70,6 +70,22 @@ struct Vec {
   static F toFloat(I x) { F r; EARNEST_FOUR(r.v[i] = vcvtq_f32_s32(x.v[i])); return r; }
 
   static F magnitude(F x) { EARNEST_FOUR(x.v[i] = vabsq_f32(x.v[i])); return x; }
+  // The second one where the first is NaN, and NaN where the second is.
+  static F greater(F x, F y) {
+    EARNEST_FOUR(y.v[i] = vbslq_f32(vcgtq_f32(x.v[i], y.v[i]), x.v[i], y.v[i]));
+    return y;
+  }
+  static F zeroBelow(F x, F least, F value) {
+    EARNEST_FOUR(value.v[i] = vreinterpretq_f32_u32(
+                     vbicq_u32(vreinterpretq_u32_f32(value.v[i]), vcltq_f32(x.v[i], least.v[i]))));
+    return value;
+  }
+  static F timesPower(F x, F shifted) {
+    EARNEST_FOUR(x.v[i] = vreinterpretq_f32_s32(
+                     vaddq_s32(vreinterpretq_s32_f32(x.v[i]),
+                               vshlq_n_s32(vreinterpretq_s32_f32(shifted.v[i]), 23))));
+    return x;
+  }
   static float greatest(F x) {
     return vmaxvq_f32(vmaxq_f32(vmaxq_f32(x.v[0], x.v[1]), vmaxq_f32(x.v[2], x.v[3])));
   }
@@ -78,6 +94,12 @@ struct Vec {
         vaddq_f32(vaddq_f32(x.v[0], x.v[2]), vaddq_f32(x.v[1], x.v[3]));
     const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
     return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+  }
+  static void greatestOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = greatest(x[i]);
+  }
+  static void sumOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = sum(x[i]);
   }
   static void storeShorts(uint8_t* p, F x) {
     EARNEST_FOUR(vst1_u8(p + 8 * i, vreinterpret_u8_s16(vmovn_s32(vcvtnq_s32_f32(x.v[i])))));
@@ -93,7 +115,7 @@ struct Vec {
       r.odd[i] = vshrn_n_s32(pair, 16));
     return r;
   }
-  static Pair broadcastPair(const void* p) {
+  static Pair broadcastPair(const uint8_t* p) {
     int16_t two[2];
     __builtin_memcpy(two, p, 4);
     return {vdup_n_s16(two[0]), vdup_n_s16(two[1])};

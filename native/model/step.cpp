@@ -225,7 +225,15 @@ void Step::plan(const StepInput& input) {
   pages_.resize(in_.tokens);
   slots_.resize(in_.tokens);
   const int64_t group = model_.heads / model_.kv_heads;
-  int64_t state = 0;
+  const auto segmentsOf = [this](int64_t s) {
+    return in_.positions[in_.starts[s + 1] - 1] / kAttentionSegment + 1;
+  };
+  int64_t state = 0, all = 0;
+  for (int64_t s = 0; s < in_.sequences; ++s) {
+    const int64_t tokens = in_.starts[s + 1] - in_.starts[s];
+    if (tokens) all += tokens * segmentsOf(s) * model_.kv_heads;
+  }
+  const int64_t share = all / (2 * pool_.workers());  // of an item: two items a worker
   for (int64_t s = 0; s < in_.sequences; ++s) {
     const int64_t begin = in_.starts[s], end = in_.starts[s + 1], tokens = end - begin;
     if (tokens == 0) continue;
@@ -234,19 +242,21 @@ void Step::plan(const StepInput& input) {
       pages_[t] = table[in_.positions[t] / cache_.page];
       slots_[t] = static_cast<int32_t>(in_.positions[t] % cache_.page);
     }
-    const int64_t segments = in_.positions[end - 1] / kAttentionSegment + 1;
+    const int64_t segments = segmentsOf(s), run = std::max<int64_t>(1, (share + tokens - 1) / tokens);
     const int64_t floats = tokens * group * step_.stateFloats(model_.channels);
-    // A few queries over a long past: the past is divided, too.
-    const bool split = segments > 1 && tokens <= kSplitTokens && pool_.workers() > 1 &&
+    // A few queries over a past longer than a share: it is divided, too.
+    const bool split = segments > run && tokens <= kSplitTokens && pool_.workers() > 1 &&
                        state + floats * segments * model_.kv_heads <= states_capacity_;
     for (int64_t head = 0; head < model_.kv_heads; ++head) {
       if (split) {
         merges_.push_back({begin, tokens, head, segments, state});
-        for (int64_t i = 0; i < segments; ++i, state += floats)
-          attention_.push_back({begin, tokens, head, i, state, table});
+        for (int64_t i = 0; i < segments; i += run)
+          attention_.push_back(
+              {begin, tokens, head, i, std::min(run, segments - i), state + i * floats, table});
+        state += segments * floats;
       } else {
         for (int64_t t = begin; t < end; t += kChunk)
-          attention_.push_back({t, std::min(kChunk, end - t), head, -1, 0, table});
+          attention_.push_back({t, std::min(kChunk, end - t), head, 0, 0, 0, table});
       }
     }
   }
@@ -254,8 +264,8 @@ void Step::plan(const StepInput& input) {
   std::stable_sort(attention_.begin(), attention_.end(),
                    [this](const AttentionItem& a, const AttentionItem& b) {
                      const auto cost = [this](const AttentionItem& i) {
-                       return i.tokens * (i.segment < 0 ? in_.positions[i.row] + int64_t{1}
-                                                        : kAttentionSegment);
+                       return i.tokens * (i.segments ? i.segments * kAttentionSegment
+                                                     : in_.positions[i.row] + int64_t{1});
                      };
                      return cost(a) > cost(b);
                    });
@@ -383,11 +393,13 @@ Attention Step::attentionOf(int64_t row, int64_t tokens, int64_t kv_head, const 
 
 void Step::attend(Worker& w, const AttentionItem& item, int64_t index) {
   const Attention a = attentionOf(item.row, item.tokens, item.kv_head, item.table, index);
-  if (item.segment >= 0) {
-    step_.attendSegment(a, item.segment, states_ + item.state, w.attention);
+  const int64_t G = a.heads, C = a.channels, floats = step_.stateFloats(C);
+  if (item.segments) {
+    float* states = states_ + item.state;
+    for (int64_t i = 0; i < item.segments; ++i, states += a.tokens * G * floats)
+      step_.attendSegment(a, item.segment + i, states, w.attention);
     return;
   }
-  const int64_t G = a.heads, C = a.channels, floats = step_.stateFloats(C);
   step_.attendSegment(a, 0, w.states, w.attention);
   const int64_t segments = (a.first + a.tokens - 1) / kAttentionSegment + 1;
   for (int64_t s = 1; s < segments; ++s) {

@@ -102,8 +102,9 @@ class Step {
  private:
   struct Worker;
   struct AttentionItem {
-    int64_t row, tokens, kv_head, segment;  // segment -1: all of them
-    int64_t state;                          // of a segment: where its states go
+    int64_t row, tokens, kv_head;
+    int64_t segment, segments;  // from the first on; none: all of them
+    int64_t state;              // of the first segment: where its states go
     const int32_t* table;
   };
   struct Merge {

@@ -8,7 +8,6 @@ another program's loop would have reached.
 
 from __future__ import annotations
 
-import mmap
 import os
 import platform
 import statistics
@@ -24,7 +23,7 @@ from earnest.codecs.bits import Bytes
 from earnest.codecs.registry import codec
 from earnest.config import PRESETS, Accounting, ErnieConfig
 from earnest.errors import MemoryBudgetError
-from earnest.runners.native import isa, ops
+from earnest.runners.native import isa, memory, ops
 
 # The published members, and the ways of storing them, of the table of what fits.
 MEMBERS = ("0.3b", "21b-a3b", "300b-a47b")
@@ -143,7 +142,7 @@ def measure_rates(threads: int | None = None) -> Rates:
         UserError: not a number of threads, or `EARNEST_ISA` cannot be used here.
     """
     pool, tier = ops.thread_pool(threads), isa.tier()
-    data = _memory(_read_bytes())
+    data = memory.zeros(_read_bytes())  # huge pages: looking up others would be measured, too
     data[:] = 1  # else every page is the system's one page of zeros
     read = max(
         statistics.median(ops.read_rate(pool, data, streams, tier=tier) for _ in range(_REPEATS))
@@ -257,12 +256,3 @@ def _read_bytes() -> int:
             remedy="close other programs",
         )
     return size
-
-
-def _memory(size: int) -> Bytes:
-    """Memory in huge pages where the system gives them: page look-ups would be measured else."""
-    if not hasattr(mmap, "MADV_HUGEPAGE"):
-        return np.empty(size, np.uint8)
-    area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    area.madvise(mmap.MADV_HUGEPAGE)
-    return np.frombuffer(area, np.uint8)

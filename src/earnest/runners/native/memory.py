@@ -6,11 +6,14 @@ make the first token come sooner (docs/log.md).
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
 import mmap
 import os
 from collections.abc import Callable, Iterable
+
+import numpy as np
 
 from earnest import env
 from earnest.codecs.bits import Bytes
@@ -22,6 +25,21 @@ Span = tuple[int, int]
 
 _GIB = 2**30
 _PIECE = 2**26  # bytes pinned by a call
+
+
+def zeros(size: int) -> Bytes:
+    """Zeros, in huge pages where the system has them: looking up small ones takes a tenth of the
+    time of reading. As with `numpy.zeros`, what is never touched takes no memory.
+
+    Args:
+        size: bytes, at least one.
+    """
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            area = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            area.madvise(mmap.MADV_HUGEPAGE)
+            return np.frombuffer(area, np.uint8)
+    return np.zeros(size, np.uint8)
 
 
 def spans(arrays: Iterable[Bytes]) -> list[Span]:

@@ -170,9 +170,8 @@ class NativeRunner:
         mapped = [placed[matrix.name] for matrix in packing.matrices if matrix.is_mapped]
         if lock:
             memory.lock([*mapped, made], progress)
-        # Zeros, since attention multiplies the padding of narrow heads. The system hands out zero
-        # pages when they are first touched.
-        self.cache: Bytes = np.zeros(self.kv_bytes, np.uint8)
+        # Zeros, since attention multiplies the padding of narrow heads.
+        self.cache: Bytes = memory.zeros(self.kv_bytes)
         self._model.use(np.empty(scratch + 64, np.uint8), self.cache)
 
     def step(
