@@ -16,10 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from earnest import control_groups, env
-from earnest.codecs.bits import Bytes
 from earnest.codecs.registry import codec
 from earnest.config import PRESETS, Accounting, ErnieConfig
 from earnest.errors import MemoryBudgetError
