@@ -92,12 +92,18 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[N], int64_t b
           unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
             unroll<0, P>([&](auto p) EARNEST_INLINE_LAMBDA {
               const int8_t* v = x.values[t.value] + at * (32 * P) + 32 * p.value + 8 * j;
-              const Vec::A first = Vec::broadcast(v), second = Vec::broadcast(v + 4);
-              unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
-                auto& s = sum[r.value][t.value][p.value];
-                s.template add<2 * i.value>(even[r.value], first);
-                s.template add<2 * i.value + 1>(odd[r.value], second);
-              });
+              if constexpr (N == 1 && requires { sum[0][0][0].template addAt<0>(even[0], v); }) {
+                auto& s = sum[0][t.value][p.value];
+                s.template addAt<2 * i.value>(even[0], v);
+                s.template addAt<2 * i.value + 1>(odd[0], v + 4);
+              } else {
+                const Vec::A first = Vec::broadcast(v), second = Vec::broadcast(v + 4);
+                unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
+                  auto& s = sum[r.value][t.value][p.value];
+                  s.template add<2 * i.value>(even[r.value], first);
+                  s.template add<2 * i.value + 1>(odd[r.value], second);
+                });
+              }
             });
           });
         });
