@@ -18,15 +18,17 @@ void Step::feedForward(Worker& w, int64_t index) {
   // The router, and what does not depend on it.
   const int64_t router = E ? layer.router.panelCount() : 0;
   const int64_t shared = layer.shared ? layer.shared.gate.panelCount() : 0;
-  const int64_t band = bandPanels(router / 2 + shared, T);
-  const int64_t router_items = (router + band - 1) / band;
+  const int64_t router_band = bandPanels(router, T), band = bandPanels(shared, T);
+  const int64_t router_items = (router + router_band - 1) / router_band;
   share(w, router_items + (shared + band - 1) / band, [&](int64_t item) {
-    const int64_t begin = (item < router_items ? item : item - router_items) * band;
-    if (item < router_items)
+    if (item < router_items) {
+      const int64_t begin = item * router_band;
       multiply(w, layer.router, x.view(layer.router, T, nullptr, 0), begin,
-               std::min(begin + band, router), router_, E);
-    else
+               std::min(begin + router_band, router), router_, E);
+    } else {
+      const int64_t begin = (item - router_items) * band;
       gateUp(w, layer.shared, x, T, nullptr, shared_, 0, begin, std::min(begin + band, shared));
+    }
   });
   pool_.barrier();
 

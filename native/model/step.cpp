@@ -309,9 +309,9 @@ void Step::attention(Worker& w, int64_t index) {
   });
 
   const Matrix* const parts[] = {&layer.q, &layer.k, &layer.v};
-  const int64_t all = layer.q.panelCount() + layer.k.panelCount() + layer.v.panelCount();
-  const int64_t band = bandPanels(all, T);
-  // Keys and values with a scale per head are stored by whole heads.
+  // Keys and values are little beside the queries and go in bands as wide as theirs, those with a
+  // scale per head by whole heads.
+  const int64_t band = bandPanels(layer.q.panelCount(), T);
   const int64_t kv_band = cache_.scaled() ? roundUp(band, wholeHeads() / kPanelRows) : band;
   const int64_t bands[] = {band, kv_band, kv_band};
   int64_t ends[3], items = 0;
