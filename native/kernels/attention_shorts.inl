@@ -1,7 +1,7 @@
 // Scores and sums of values over 16-bit keys and values, each position and head with a scale.
 //
-// Numbers that meet them become integers, 16 at a time, which share a scale: channels 16 h .. 16 h + 15
-// of a query, and of the weights of a block those of 16 neighbouring positions, after the values'
+// Numbers that meet them become integers, 16 at a time, which share a scale: of a query channels
+// 16 h .. 16 h + 15, of the weights of a block those of 16 neighbouring positions, after the values'
 // scales have been multiplied in:
 //   s_j = scale_k[j] * (chain of fma over h of float(sum over 16 channels of k u) * scale_q[h])
 //   w_j = p_j * scale_v[j] ~ scale_w * u_j

@@ -92,7 +92,8 @@ struct Vec {
   static void greatestOf8(const F (&x)[8], float* out) { of8(x, out, greater); }
   static void sumOf8(const F (&x)[8], float* out) { of8(x, out, add); }
   static void storeShorts(uint8_t* p, F a) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a)));
+    const __m256i shorts = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), shorts);
   }
 
   using Pairs = __m512i;

@@ -102,7 +102,8 @@ struct Vec {
     for (int i = 0; i < 8; ++i) out[i] = sum(x[i]);
   }
   static void storeShorts(uint8_t* p, F x) {
-    EARNEST_FOUR(vst1_u8(p + 8 * i, vreinterpret_u8_s16(vmovn_s32(vcvtnq_s32_f32(x.v[i])))));
+    EARNEST_FOUR(const int16x4_t shorts = vmovn_s32(vcvtnq_s32_f32(x.v[i]));
+                 vst1_u8(p + 8 * i, vreinterpret_u8_s16(shorts)));
   }
 
   struct Pairs { int16x4_t even[4], odd[4]; };
@@ -121,7 +122,8 @@ struct Vec {
     return {vdup_n_s16(two[0]), vdup_n_s16(two[1])};
   }
   static I dotPairs(I sum, const Pairs& x, Pair pair) {
-    EARNEST_FOUR(sum.v[i] = vmlal_s16(vmlal_s16(sum.v[i], x.even[i], pair.even), x.odd[i], pair.odd));
+    EARNEST_FOUR(sum.v[i] = vmlal_s16(sum.v[i], x.even[i], pair.even);
+                 sum.v[i] = vmlal_s16(sum.v[i], x.odd[i], pair.odd));
     return sum;
   }
 

@@ -233,7 +233,7 @@ void Step::plan(const StepInput& input) {
     const int64_t tokens = in_.starts[s + 1] - in_.starts[s];
     if (tokens) all += tokens * segmentsOf(s) * model_.kv_heads;
   }
-  const int64_t share = all / (2 * pool_.workers());  // of an item: two items a worker
+  const int64_t portion = all / (2 * pool_.workers());  // of an item: two items a worker
   for (int64_t s = 0; s < in_.sequences; ++s) {
     const int64_t begin = in_.starts[s], end = in_.starts[s + 1], tokens = end - begin;
     if (tokens == 0) continue;
@@ -242,9 +242,10 @@ void Step::plan(const StepInput& input) {
       pages_[t] = table[in_.positions[t] / cache_.page];
       slots_[t] = static_cast<int32_t>(in_.positions[t] % cache_.page);
     }
-    const int64_t segments = segmentsOf(s), run = std::max<int64_t>(1, (share + tokens - 1) / tokens);
+    const int64_t segments = segmentsOf(s);
+    const int64_t run = std::max<int64_t>(1, (portion + tokens - 1) / tokens);
     const int64_t floats = tokens * group * step_.stateFloats(model_.channels);
-    // A few queries over a past longer than a share: it is divided, too.
+    // A few queries over a past longer than a portion: it is divided, too.
     const bool split = segments > run && tokens <= kSplitTokens && pool_.workers() > 1 &&
                        state + floats * segments * model_.kv_heads <= states_capacity_;
     for (int64_t head = 0; head < model_.kv_heads; ++head) {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import textwrap
@@ -220,6 +221,23 @@ def test_spans_join_what_shares_pages() -> None:
     assert memory.spans(pieces) == [(base, base + page), (base + 3 * page, base + 5 * page)]
     pieces += [room[first + page : first + 3 * page], room[:0]]
     assert memory.spans(pieces) == [(base, base + 5 * page)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells how memory is mapped")
+def test_zeros_ask_for_huge_pages() -> None:
+    found = memory.zeros(6 * 2**20 + 5)
+    assert found.dtype == np.uint8 and found.shape == (6 * 2**20 + 5,) and not found.any()
+    found[-1] = 7
+    at = found.ctypes.data + len(found) // 2
+    smaps = Path("/proc/self/smaps").read_text()
+    for found_at in re.finditer(
+        r"^([0-9a-f]+)-([0-9a-f]+) .*\n(?:\w+: .*\n)*?VmFlags: (.*)$", smaps, re.M
+    ):
+        begin, end, flags = found_at.groups()
+        if int(begin, 16) <= at < int(end, 16):
+            assert "hg" in flags.split()
+            return
+    pytest.skip("this kernel does not tell")
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
