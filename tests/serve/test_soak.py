@@ -154,7 +154,7 @@ def soak(server: Process, seconds: float) -> None:
     ended = at_rest(url, pid)
     assert len(clients.seen) == 7 and min(clients.seen.values()) > 0, clients.seen
     assert ended.files <= begun.files + 2, f"{begun.files} files, then {ended.files}"
-    # One helps each request that is read in a thread, and stays for a while: never more than clients.
+    # A request is read in a thread, which stays for a while: never more of them than clients.
     most = begun.threads + CLIENTS
     assert ended.threads <= most, f"{begun.threads} threads, then {ended.threads}"
     grown = ended.bytes - begun.bytes
