@@ -221,6 +221,20 @@ void ThreadPool::runWork(Work work, void* context, bool measured) {
   crew_.ran(ended, ended - begun, lost);
 }
 
+void ThreadPool::report(std::atomic<uint32_t>& done, uint32_t parts) {
+  done.fetch_add(parts, std::memory_order_release);
+  announce(done);
+}
+
+void ThreadPool::await(std::atomic<uint32_t>& done, uint32_t parts) {
+  uint32_t now = done.load(std::memory_order_acquire);
+  while (now < parts) {
+    int64_t asleep;
+    now = awaitChange(done, now, kSpins, &asleep);
+    if (asleep != 0 && tally_ != nullptr) tally_->slept += nanoseconds() - asleep;
+  }
+}
+
 void ThreadPool::barrier() {
   const int nth = active_.load(std::memory_order_relaxed);
   if (nth == 1) return;

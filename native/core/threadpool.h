@@ -50,6 +50,11 @@ class ThreadPool {
   // Inside `work` only: waits until every worker of this run has arrived, and makes what each
   // wrote before visible to all.
   void barrier();
+  // Inside `work` only: adds to `done`, which `await` waits for, and makes what was written before
+  // visible to whom that lets go on.
+  static void report(std::atomic<uint32_t>& done, uint32_t parts);
+  // Inside `work` only: waits until `parts` are done. Workers must be at all of them already.
+  static void await(std::atomic<uint32_t>& done, uint32_t parts);
 
  private:
   struct Threads;

@@ -127,14 +127,15 @@ struct SixBitWeights : Bits<6> {
   static constexpr bool kMin = false;
   static constexpr int kBytes = 288 + 8 * kRunBytes;
   struct Head {
-    const uint8_t* block;
+    alignas(64) uint8_t scales[256];
     Vec::F d;
+    // All at once: who comes back to lines behind those it reads loses the processor's prefetchers.
     EARNEST_INLINE void load(const uint8_t* p) {
-      block = p;
       d = Vec::halves(p);
+      for (int i = 0; i < 4; ++i) Vec::storeB(scales + 64 * i, Vec::loadB(p + 32 + 64 * i));
     }
     EARNEST_INLINE Vec::F scale(int run, int part) const {
-      return Vec::mul(d, Vec::fromSignedBytes(block + 32 + 32 * run + 16 * part));
+      return Vec::mul(d, Vec::fromSignedBytes(scales + 32 * run + 16 * part));
     }
     EARNEST_INLINE Vec::F minimum(int) const { return Vec::zero(); }
   };

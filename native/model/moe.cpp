@@ -23,28 +23,31 @@ void Step::feedForward(Worker& w, int64_t index) {
   share(w, router_items + (shared + band - 1) / band, [&](int64_t item) {
     if (item < router_items) {
       const int64_t begin = item * router_band;
-      multiply(w, layer.router, x.view(layer.router, T, nullptr, 0), begin,
-               std::min(begin + router_band, router), router_, E);
+      const int64_t end = std::min(begin + router_band, router);
+      multiply(w, layer.router, x.view(layer.router, T, nullptr, 0), begin, end, router_, E);
+      pool_.report(done_[kDoneRouter], end - begin);
     } else {
-      const int64_t begin = (item - router_items) * band;
-      gateUp(w, layer.shared, x, T, nullptr, shared_, 0, begin, std::min(begin + band, shared));
+      const int64_t begin = (item - router_items) * band, end = std::min(begin + band, shared);
+      gateUp(w, layer.shared, x, T, nullptr, shared_, 0, begin, end);
+      pool_.report(done_[kDoneShared], end - begin);
     }
   });
-  pool_.barrier();
 
+  // No barriers from here to the end: who has nothing left to do goes on to what is ready.
   const Grouping* g = nullptr;
   if (E) {
+    pool_.await(done_[kDoneRouter], router);
     g = &group(w, layer);
     const int64_t panels = layer.experts[0].gate.panelCount();
     const int64_t unit = std::min(bandPanels(panels * g->used_count, T), roundUp(panels, 2));
     const int64_t bands = (panels + unit - 1) / unit;
     share(w, bands * g->used_count, [&](int64_t item) {
       const int32_t e = g->used[item / bands];
-      const int64_t begin = item % bands * unit;
+      const int64_t begin = item % bands * unit, end = std::min(begin + unit, panels);
       gateUp(w, layer.experts[e], x, g->starts[e + 1] - g->starts[e], g->tokens + g->starts[e],
-             routed_, g->starts[e], begin, std::min(begin + unit, panels));
+             routed_, g->starts[e], begin, end);
+      pool_.report(done_[kDoneExperts + item / bands], end - begin);
     });
-    pool_.barrier();
   }
 
   const int64_t panels = (E ? layer.experts[0] : layer.shared).down.panelCount();
@@ -86,6 +89,7 @@ void Step::down(Worker& w, const Layer& layer, const Grouping* g, int64_t begin,
       const int32_t e = g->used[i];
       const int64_t from = g->starts[e], tokens = g->starts[e + 1] - from;
       const Matrix& m = layer.experts[e].down;
+      pool_.await(done_[kDoneExperts + i], layer.experts[e].gate.panelCount());
       multiply(w, m, routed_.as(m.columns).view(m, tokens, nullptr, from), begin, end, w.first - at, count);
       for (int64_t t = 0; t < tokens; ++t)
         step_.addScaled(w.second + g->tokens[from + t] * count, w.first + t * count,
@@ -94,6 +98,7 @@ void Step::down(Worker& w, const Layer& layer, const Grouping* g, int64_t begin,
   }
   if (layer.shared) {
     const Matrix& m = layer.shared.down;
+    pool_.await(done_[kDoneShared], layer.shared.gate.panelCount());
     multiply(w, m, shared_.as(m.columns).view(m, T, nullptr, 0), begin, end, w.first - at, count);
     for (int64_t t = 0; t < T; ++t) {
       float* y = w.first + t * count;

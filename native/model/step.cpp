@@ -84,6 +84,7 @@ Step::Step(const Model& model, const KernelTable& kernels, ThreadPool& pool, con
     states_capacity_ = kSplitTokens * model.heads * segments * step_.stateFloats(model.channels);
   counter_count_ = 8 * (static_cast<int64_t>(model.layers.size()) + 1);
   counters_ = std::make_unique<std::atomic<int64_t>[]>(counter_count_ * kCounterStride);
+  done_ = std::make_unique<std::atomic<uint32_t>[]>(kDoneExperts + model.experts());
   Arena count(nullptr);
   layout(count);
   scratch_bytes_ = count.used();
@@ -292,6 +293,9 @@ bool Step::layer(Worker& w, int64_t index) {
     last_check_ = milliseconds();
     if (in_.interrupted()) stop_ = true;
   }
+  if (w.ith == 0)  // the last layer's barrier is behind, this one's before all that use them
+    for (int64_t i = 0; i < kDoneExperts + model_.experts(); ++i)
+      done_[i].store(0, std::memory_order_relaxed);
   attention(w, index);
   // Between two barriers that follow worker 0's check, all workers read the same.
   if (stop_.load(std::memory_order_relaxed)) return false;

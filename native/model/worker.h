@@ -18,6 +18,8 @@ inline constexpr int64_t kSplitTokens = 4;
 inline constexpr int64_t kBandFloats = 65536;
 inline constexpr int64_t kCheckMilliseconds = 50;
 inline constexpr int64_t kCounterStride = 8;  // a cache line each
+// Places in `done_`.
+inline constexpr int64_t kDoneRouter = 0, kDoneShared = 1, kDoneExperts = 2;
 
 inline constexpr uint32_t kIntegerForm = 1, kFloatForm = 2, kBf16Form = 4;
 
