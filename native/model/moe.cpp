@@ -51,9 +51,9 @@ void Step::feedForward(Worker& w, int64_t index) {
   }
 
   const int64_t panels = (E ? layer.experts[0] : layer.shared).down.panelCount();
-  const int64_t unit = bandPanels(panels, T);
-  share(w, (panels + unit - 1) / unit, [&](int64_t item) {
-    down(w, layer, g, item * unit, std::min(item * unit + unit, panels));
+  const Bands bands = this->bands(panels, T);
+  share(w, bands.count(), [&](int64_t item) {
+    down(w, layer, g, bands.begin(item), bands.begin(item + 1));
   });
   pool_.barrier();
 }

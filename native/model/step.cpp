@@ -168,6 +168,17 @@ int64_t Step::bandPanels(int64_t panels, int64_t tokens) const {
   return std::min(wanted, most);
 }
 
+Bands Step::bands(int64_t panels, int64_t tokens) const {
+  const int64_t workers = pool_.workers();
+  if (workers == 1) { const int64_t unit = bandPanels(panels, tokens); return {panels, 0, unit, unit}; }
+  static const int gP = getenv("BIG") ? atoi(getenv("BIG")) : 75, gS = getenv("SMALLS") ? atoi(getenv("SMALLS")) : 3;
+  const int64_t most = std::max<int64_t>(2, kBandFloats / (tokens * kPanelRows) / 2 * 2);
+  const int64_t large = std::min(most, panels * gP / 100 / workers / 2 * 2);
+  const int64_t rest = panels - large * workers;
+  const int64_t small = std::min(most, std::max<int64_t>(2, roundUp(rest / (gS * workers), 2)));
+  return {panels, workers, large, small};
+}
+
 bool Step::run(const StepInput& input) {
   const std::lock_guard<ForkMutex> mine(turn_);
   stop_ = false;

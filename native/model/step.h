@@ -82,6 +82,7 @@ struct Operand {
   Activations view(const Matrix& m, int64_t tokens, const int32_t* select, int64_t from) const;
 };
 
+struct Bands;
 struct Grouping;
 
 class Step {
@@ -131,6 +132,7 @@ class Step {
   void multiply(Worker& w, const Matrix& m, const Activations& x, int64_t begin, int64_t end,
                 float* out, int64_t stride) const;
   int64_t bandPanels(int64_t panels, int64_t tokens) const;
+  Bands bands(int64_t panels, int64_t tokens) const;
   // Rows of the smallest run of heads that is also one of pairs of panels, for keys with a scale per head.
   int64_t wholeHeads() const {
     return cache_.scaled() ? std::lcm<int64_t>(model_.channels, 2 * kPanelRows) : 0;

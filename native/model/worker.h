@@ -48,6 +48,16 @@ struct Grouping {
   }
 };
 
+// Panels divided into a large piece for each worker and small ones for who is done with that first.
+struct Bands {
+  int64_t panels, larges, large, small;
+
+  int64_t begin(int64_t i) const {
+    return std::min(panels, std::min(i, larges) * large + std::max<int64_t>(i - larges, 0) * small);
+  }
+  int64_t count() const { return larges + (panels - begin(larges) + small - 1) / small; }
+};
+
 struct Step::Worker {
   int ith = 0, nth = 1;
   int64_t phase = 0;
