@@ -51,9 +51,9 @@ void Step::feedForward(Worker& w, int64_t index) {
   }
 
   const int64_t panels = (E ? layer.experts[0] : layer.shared).down.panelCount();
-  const Bands bands = this->bands(panels, T);
-  share(w, bands.count(), [&](int64_t item) {
-    down(w, layer, g, bands.begin(item), bands.begin(item + 1));
+  const Bands pieces = bands(panels, T);
+  share(w, pieces.count(), [&](int64_t item) {
+    down(w, layer, g, pieces.begin(item), pieces.begin(item + 1));
   });
   pool_.barrier();
 }

@@ -82,8 +82,6 @@ Step::Step(const Model& model, const KernelTable& kernels, ThreadPool& pool, con
   const int64_t segments = (max_positions + kAttentionSegment - 1) / kAttentionSegment;
   if (segments > 1)
     states_capacity_ = kSplitTokens * model.heads * segments * step_.stateFloats(model.channels);
-  counter_count_ = 8 * (static_cast<int64_t>(model.layers.size()) + 1);
-  counters_ = std::make_unique<std::atomic<int64_t>[]>(counter_count_ * kCounterStride);
   done_ = std::make_unique<std::atomic<uint32_t>[]>(kDoneExperts + model.experts());
   Arena count(nullptr);
   layout(count);
@@ -159,23 +157,27 @@ void Step::multiply(Worker& w, const Matrix& m, const Activations& x, int64_t be
   kernels_.matmul(task, begin, end, w.matmul);
 }
 
-// Panels of an item: two items a worker, as far as its buffers hold the results of all tokens. Each
-// begins a new stream of weights, so more of them cost more than an even end gains (docs/log.md).
+// Panels of which a worker's buffers hold the results of all tokens.
+int64_t Step::bufferPanels(int64_t tokens) const {
+  return std::max<int64_t>(2, kBandFloats / (tokens * kPanelRows) / 2 * 2);
+}
+
+// Panels of an item: two items a worker. Each begins a new stream of weights, so more of them cost
+// more than an even end gains (docs/log.md).
 int64_t Step::bandPanels(int64_t panels, int64_t tokens) const {
   const int64_t items = pool_.workers() == 1 ? 1 : 2 * pool_.workers();
   const int64_t wanted = std::max<int64_t>(2, roundUp((panels + items - 1) / items, 2));
-  const int64_t most = std::max<int64_t>(2, kBandFloats / (tokens * kPanelRows) / 2 * 2);
-  return std::min(wanted, most);
+  return std::min(wanted, bufferPanels(tokens));
 }
 
+// For what ends at a barrier: most of it in one long stream of weights for each worker, the rest in
+// pieces that are short enough to end together (docs/log.md).
 Bands Step::bands(int64_t panels, int64_t tokens) const {
-  const int64_t workers = pool_.workers();
-  if (workers == 1) { const int64_t unit = bandPanels(panels, tokens); return {panels, 0, unit, unit}; }
-  static const int gP = getenv("BIG") ? atoi(getenv("BIG")) : 75, gS = getenv("SMALLS") ? atoi(getenv("SMALLS")) : 3;
-  const int64_t most = std::max<int64_t>(2, kBandFloats / (tokens * kPanelRows) / 2 * 2);
-  const int64_t large = std::min(most, panels * gP / 100 / workers / 2 * 2);
-  const int64_t rest = panels - large * workers;
-  const int64_t small = std::min(most, std::max<int64_t>(2, roundUp(rest / (gS * workers), 2)));
+  const int64_t workers = pool_.workers(), most = bufferPanels(tokens);
+  if (workers == 1) return {panels, 0, 0, std::min(most, roundUp(panels, 2))};
+  const int64_t large = std::min(most, panels * 17 / (20 * workers) / 2 * 2);
+  const int64_t rest = panels - workers * large;
+  const int64_t small = std::clamp<int64_t>(roundUp(rest / (2 * workers), 2), 2, most);
   return {panels, workers, large, small};
 }
 
@@ -231,6 +233,12 @@ bool Step::run(const StepInput& input) {
 void Step::plan(const StepInput& input) {
   in_ = input;
   alone_ = in_.tokens <= kAloneTokens;
+  const int64_t phases = kLayerPhases * static_cast<int64_t>(model_.layers.size()) +
+                         (in_.rows + headRows() - 1) / headRows();
+  if (phases > counter_count_) {
+    counters_ = std::make_unique<std::atomic<int64_t>[]>(phases * kCounterStride);
+    counter_count_ = phases;
+  }
   for (int64_t i = 0; i < counter_count_; ++i) counters_[i * kCounterStride] = 0;
   attention_.clear();
   merges_.clear();
@@ -329,14 +337,14 @@ void Step::attention(Worker& w, int64_t index) {
   // scale per head by whole heads.
   const int64_t band = bandPanels(layer.q.panelCount(), T);
   const int64_t kv_band = cache_.scaled() ? roundUp(band, wholeHeads() / kPanelRows) : band;
-  const int64_t bands[] = {band, kv_band, kv_band};
+  const int64_t widths[] = {band, kv_band, kv_band};
   int64_t ends[3], items = 0;
-  for (int i = 0; i < 3; ++i) ends[i] = items += (parts[i]->panelCount() + bands[i] - 1) / bands[i];
+  for (int i = 0; i < 3; ++i) ends[i] = items += (parts[i]->panelCount() + widths[i] - 1) / widths[i];
   share(w, items, [&](int64_t item) {
     const int part = item < ends[0] ? 0 : item < ends[1] ? 1 : 2;
     const Matrix& m = *parts[part];
-    const int64_t begin = (item - (part ? ends[part - 1] : 0)) * bands[part];
-    const int64_t end = std::min(begin + bands[part], m.panelCount());
+    const int64_t begin = (item - (part ? ends[part - 1] : 0)) * widths[part];
+    const int64_t end = std::min(begin + widths[part], m.panelCount());
     const int64_t from = begin * kPanelRows, count = std::min(end * kPanelRows, m.rows) - from;
     float* out = part == 0 ? q_ + from : w.first;
     const int64_t stride = part == 0 ? m.rows : count;
@@ -378,9 +386,9 @@ void Step::attention(Worker& w, int64_t index) {
     std::fill(w.row + model_.qSize(), w.row + heads.columns, 0.0f);
     fill(w, heads, t, w.row, 0, heads.columns, formOf(o));
   });
-  const int64_t unit = bandPanels(o.panelCount(), T);
-  share(w, (o.panelCount() + unit - 1) / unit, [&](int64_t item) {
-    const int64_t begin = item * unit, end = std::min(begin + unit, o.panelCount());
+  const Bands pieces = bands(o.panelCount(), T);
+  share(w, pieces.count(), [&](int64_t item) {
+    const int64_t begin = pieces.begin(item), end = pieces.begin(item + 1);
     const int64_t from = begin * kPanelRows, count = std::min(end * kPanelRows, o.rows) - from;
     multiply(w, o, heads.view(o, T, nullptr, 0), begin, end, w.first - from, count);
     for (int64_t t = 0; t < T; ++t) {
@@ -437,9 +445,11 @@ void Step::hiddenStates(Worker& w) {
   }
 }
 
+int64_t Step::headRows() const { return alone_ ? kAloneTokens : max_tokens_; }
+
 void Step::head(Worker& w) {
   const Matrix& m = model_.head;
-  const int64_t D = model_.hidden, most = alone_ ? kAloneTokens : max_tokens_;
+  const int64_t D = model_.hidden, most = headRows();
   const Operand& x = alone_ ? w.hidden : hidden_;
   for (int64_t from = 0; from < in_.rows; from += most) {
     const int64_t R = std::min(most, in_.rows - from);
@@ -448,11 +458,9 @@ void Step::head(Worker& w) {
                     w.row);
       fill(w, x, r, w.row, 0, x.columns, formOf(m));
     });
-    const int64_t unit = bandPanels(m.panelCount(), R);
-    const int64_t items = (m.panelCount() + unit - 1) / unit;
-    // Fixed shares: this loop may run more often than there are counters.
-    for (int64_t item = items * w.ith / w.nth; item < items * (w.ith + 1) / w.nth; ++item) {
-      const int64_t begin = item * unit, end = std::min(begin + unit, m.panelCount());
+    const Bands pieces = bands(m.panelCount(), R);
+    share(w, pieces.count(), [&](int64_t item) {
+      const int64_t begin = pieces.begin(item), end = pieces.begin(item + 1);
       const int64_t at = begin * kPanelRows, count = std::min(end * kPanelRows, m.rows) - at;
       multiply(w, m, x.view(m, R, nullptr, 0), begin, end, w.first - at, count);
       for (int64_t r = 0; r < R; ++r) {
@@ -460,7 +468,7 @@ void Step::head(Worker& w) {
         std::memcpy(in_.logits + places_[from + r] * model_.vocab + at, w.first + r * count,
                     count * sizeof(float));
       }
-    }
+    });
     pool_.barrier();
   }
 }

@@ -131,8 +131,11 @@ class Step {
             uint32_t forms) const;
   void multiply(Worker& w, const Matrix& m, const Activations& x, int64_t begin, int64_t end,
                 float* out, int64_t stride) const;
+  int64_t bufferPanels(int64_t tokens) const;
   int64_t bandPanels(int64_t panels, int64_t tokens) const;
   Bands bands(int64_t panels, int64_t tokens) const;
+  // Rows of logits at a time.
+  int64_t headRows() const;
   // Rows of the smallest run of heads that is also one of pairs of panels, for keys with a scale per head.
   int64_t wholeHeads() const {
     return cache_.scaled() ? std::lcm<int64_t>(model_.channels, 2 * kPanelRows) : 0;

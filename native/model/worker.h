@@ -18,6 +18,7 @@ inline constexpr int64_t kSplitTokens = 4;
 inline constexpr int64_t kBandFloats = 65536;
 inline constexpr int64_t kCheckMilliseconds = 50;
 inline constexpr int64_t kCounterStride = 8;  // a cache line each
+inline constexpr int64_t kLayerPhases = 7;     // the most that a layer shares out
 // Places in `done_`.
 inline constexpr int64_t kDoneRouter = 0, kDoneShared = 1, kDoneExperts = 2;
 
