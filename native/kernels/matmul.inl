@@ -62,9 +62,10 @@ struct Columns {
   int64_t count[N];  // rows of the matrix in it
 };
 
-// N panels x T tokens, all of K. P planes of activations. Never inlined: a compiler that put all
-// tiles into one function would take minutes over it.
-template <class C, int T, int P, int N>
+// N panels x T tokens, all of K. P planes of activations. With `kRefresh` activations are touched
+// once more, half a panel after their use. Never inlined: a compiler that put all tiles into one
+// function would take minutes over it.
+template <class C, int T, int P, int N, bool kRefresh = false>
 __attribute__((noinline)) void tile(const uint8_t* const (&panels)[N], int64_t blocks, const Rows<T>& x,
           const Columns<N>& columns) {
   Vec::F acc[N][T];
@@ -79,6 +80,11 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[N], int64_t b
     for (int run = 0; run < C::kRuns; ++run) {
       const int64_t at = b + run;
       fetchAhead<C>(w, run);
+      if constexpr (kRefresh) {
+        const int64_t other = at < blocks / 2 ? at + blocks / 2 : at - blocks / 2;
+        __builtin_prefetch(x.values[0] + other * (32 * P));
+        if (other % 4 == 0) __builtin_prefetch(x.blocks[0] + other);
+      }
       unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
         constexpr int kPairs = 4 / C::kParts;
         constexpr int kChains = N * T * P <= 2 ? 2 : 1;
@@ -209,15 +215,22 @@ EARNEST_INLINE void tilesOfAllTokens(const Matmul& m, const uint8_t* const (&w)[
   }
 }
 
-// One token: one stream of panels.
+// One token: one stream of panels. Every panel reads the activations again; where both together are
+// more than a first cache of 32 KiB, panels push them out of it. Touched twice a panel they stay, as
+// long as half a panel leaves them room (docs/log.md).
 template <class C, int P>
 void matmulOne(const Matmul& m, int64_t begin, int64_t end) {
   const int64_t blocks = m.columns / kBlock, bytes = blocks / C::kRuns * C::kBytes;
+  const int64_t own = blocks * static_cast<int64_t>(kBlock * P + sizeof(ActivationBlock));
+  const bool refresh = own + bytes > 29000 && own + bytes / 2 < 26000;
   for (int64_t p = begin; p < end; ++p) {
     int64_t panel[1];
     const Columns<1> columns = columnsFrom<1>(m, p, p + 1, 0, panel);
     const uint8_t* const w[1] = {m.panels + p * bytes};
-    tile<C, 1, P, 1>(w, blocks, rowsFrom<1>(m, 0), columns);
+    if (refresh)
+      tile<C, 1, P, 1, true>(w, blocks, rowsFrom<1>(m, 0), columns);
+    else
+      tile<C, 1, P, 1>(w, blocks, rowsFrom<1>(m, 0), columns);
   }
 }
 
