@@ -50,6 +50,7 @@ void Step::feedForward(Worker& w, int64_t index) {
     });
   }
 
+  w.done = kDoneExperts + (g ? g->used_count : 0);
   const int64_t panels = (E ? layer.experts[0] : layer.shared).down.panelCount();
   const Bands pieces = bands(panels, T);
   share(w, pieces.count(), [&](int64_t item) {

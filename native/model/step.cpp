@@ -312,9 +312,10 @@ bool Step::layer(Worker& w, int64_t index) {
     last_check_ = milliseconds();
     if (in_.interrupted()) stop_ = true;
   }
-  if (w.ith == 0)  // the last layer's barrier is behind, this one's before all that use them
-    for (int64_t i = 0; i < kDoneExperts + model_.experts(); ++i)
-      done_[i].store(0, std::memory_order_relaxed);
+  // The last layer's barrier is behind all who used these, this one's before all who will. Only what
+  // was used: each of their cache lines is in the other workers' caches.
+  if (w.ith == 0)
+    for (int64_t i = 0; i < w.done; ++i) done_[i].store(0, std::memory_order_relaxed);
   attention(w, index);
   // Between two barriers that follow worker 0's check, all workers read the same.
   if (stop_.load(std::memory_order_relaxed)) return false;

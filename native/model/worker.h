@@ -63,6 +63,7 @@ struct Step::Worker {
   int ith = 0, nth = 1;
   int64_t phase = 0;
   int64_t moe_index = 0;
+  int64_t done = 0;  // how many of `done_` the last layer counted in
   float *row = nullptr, *first = nullptr, *second = nullptr, *logits = nullptr;
   float *states = nullptr, *more_states = nullptr;
   uint8_t *matmul = nullptr, *attention = nullptr;
