@@ -167,10 +167,16 @@ uint64_t stressPool(ThreadPool& pool, int barriers, bool crew) {
   const nb::gil_scoped_release release;
   std::vector<uint64_t> slots(pool.workers(), 0);
   std::atomic<uint64_t> wrong{0};
+  std::atomic<uint32_t> done{0};
   auto body = [&](int ith, int nth) {
     for (int i = 1; i <= barriers; ++i) {
       slots[ith] += i;
-      pool.barrier();
+      if (i % 2 != 0) {
+        pool.barrier();
+      } else {
+        pool.report(done, 1);
+        pool.await(done, static_cast<uint32_t>(nth * (i / 2)));
+      }
       if (slots[(ith + 1) % nth] != uint64_t(i) * (i + 1) / 2) ++wrong;
       pool.barrier();
     }

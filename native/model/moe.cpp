@@ -14,6 +14,7 @@ void Step::feedForward(Worker& w, int64_t index) {
     step_.rmsNorm(x_ + t * D, layer.post_norm, D, x.columns, model_.eps, w.row);
     fill(w, x, t, w.row, 0, x.columns, ffn_forms_[index]);
   });
+  pool_.report(done_[kDoneNorm], 1);
 
   // The router, and what does not depend on it.
   const int64_t router = E ? layer.router.panelCount() : 0;
@@ -53,6 +54,7 @@ void Step::feedForward(Worker& w, int64_t index) {
   w.done = kDoneExperts + (g ? g->used_count : 0);
   const int64_t panels = (E ? layer.experts[0] : layer.shared).down.panelCount();
   const Bands pieces = bands(panels, T);
+  pool_.await(done_[kDoneNorm], static_cast<uint32_t>(w.nth));
   share(w, pieces.count(), [&](int64_t item) {
     down(w, layer, g, pieces.begin(item), pieces.begin(item + 1));
   });

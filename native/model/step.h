@@ -164,8 +164,8 @@ class Step {
   std::vector<Worker> workers_;
   std::unique_ptr<std::atomic<int64_t>[]> counters_;
   int64_t counter_count_ = 0;
-  // Panels done in this layer: of the router, of the shared experts' gate and up, and of those of
-  // each expert in use.
+  // In this layer: workers that need the residual stream no more; panels done of the router, of the
+  // shared experts' gate and up, and of those of each expert in use.
   std::unique_ptr<std::atomic<uint32_t>[]> done_;
 
   // The piece being run.
