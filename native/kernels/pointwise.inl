@@ -10,14 +10,6 @@
 namespace earnest {
 namespace {
 
-EARNEST_INLINE float sumOfLanes(const float* lanes) {
-  float s[16];
-  for (int i = 0; i < 16; ++i) s[i] = lanes[i];
-  for (int half = 8; half > 0; half /= 2)
-    for (int i = 0; i < half; ++i) s[i] += s[i + half];
-  return s[0];
-}
-
 // e^x with an error of at most 2 units in the last place: x = n ln 2 + r, |r| <= ln 2 / 2, and the
 // Taylor polynomial of degree 7 of e^r (remainder 5e-9). Below -87 it is 0 (no subnormals), above
 // 88 it stays e^88; NaN stays NaN.
@@ -78,9 +70,7 @@ void rmsNorm(const float* x, const float* weight, int64_t columns, int64_t padde
   }
   for (int j = 0; i + j < columns; ++j) rest[j] = x[i + j] * x[i + j];
   const Vec::F both = Vec::add(Vec::add(sum[0], sum[1]), Vec::add(sum[2], sum[3]));
-  alignas(64) float lanes[16];
-  Vec::store(lanes, Vec::add(both, Vec::load(rest)));
-  const float mean = sumOfLanes(lanes) / static_cast<float>(columns);
+  const float mean = Vec::sum(Vec::add(both, Vec::load(rest))) / static_cast<float>(columns);
   const float inverse = 1.0f / __builtin_sqrtf(mean + eps);
   for (i = 0; i < columns; ++i) out[i] = weight[i] * (x[i] * inverse);
   for (; i < padded; ++i) out[i] = 0.0f;
