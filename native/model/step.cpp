@@ -170,11 +170,11 @@ int64_t Step::bandPanels(int64_t panels, int64_t tokens) const {
   return std::min(wanted, bufferPanels(tokens));
 }
 
-// For what ends at a barrier: most of it in one long stream of weights for each worker, the rest in
-// pieces that are short enough to end together (docs/log.md).
+// For what ends at a barrier. One or two tokens: most of it in one long stream of weights for each
+// worker, the rest in pieces that are short enough to end together (docs/log.md).
 Bands Step::bands(int64_t panels, int64_t tokens) const {
   const int64_t workers = pool_.workers(), most = bufferPanels(tokens);
-  if (workers == 1) return {panels, 0, 0, std::min(most, roundUp(panels, 2))};
+  if (workers == 1 || tokens > kAloneTokens) return {panels, 0, 0, bandPanels(panels, tokens)};
   const int64_t large = std::min(most, panels * 17 / (20 * workers) / 2 * 2);
   const int64_t rest = panels - workers * large;
   const int64_t small = std::clamp<int64_t>(roundUp(rest / (2 * workers), 2), 2, most);
