@@ -34,7 +34,8 @@ void Step::feedForward(Worker& w, int64_t index) {
     }
   });
 
-  // No barriers from here to the end: who has nothing left to do goes on to what is ready.
+  // No barriers from here to the end, but those of `group` for many tokens: who has nothing left to
+  // do goes on to what is ready.
   const Grouping* g = nullptr;
   if (E) {
     pool_.await(done_[kDoneRouter], router);
@@ -54,6 +55,7 @@ void Step::feedForward(Worker& w, int64_t index) {
   w.done = kDoneExperts + (g ? g->used_count : 0);
   const int64_t panels = (E ? layer.experts[0] : layer.shared).down.panelCount();
   const Bands pieces = bands(panels, T);
+  // `down` writes the residual stream, which a late worker may not have normed yet.
   pool_.await(done_[kDoneNorm], static_cast<uint32_t>(w.nth));
   share(w, pieces.count(), [&](int64_t item) {
     down(w, layer, g, pieces.begin(item), pieces.begin(item + 1));
