@@ -43,8 +43,14 @@ struct Block {
   const uint8_t* fetch_keys[kGroups];
 };
 
+struct FetchNothing {
+  void operator()(int64_t) const {}
+};
+
 // Scores of a query to weights; `seen` of them count. Returns what its state is to be multiplied by.
-EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum) {
+// `fetch` is called with every panel.
+template <class Fetch = FetchNothing>
+EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum, Fetch fetch = {}) {
   const int64_t end = (seen + 15) / 16 * 16;
   for (int64_t j = seen; j < end; ++j) s[j] = -__builtin_inff();
   Vec::F lanes = Vec::load(s);
@@ -56,6 +62,7 @@ EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum)
     const Vec::F p = exponentials(Vec::add(Vec::load(s + j), negative));
     lanes = Vec::add(lanes, p);
     Vec::store(s + j, p);
+    fetch(j / 16);
   }
   const float correction = exponential(maximum - top);
   sum = sum * correction + Vec::sum(lanes);
@@ -64,8 +71,11 @@ EARNEST_INLINE float softmax(float* s, int64_t seen, float& maximum, float& sum)
 }
 
 // The values' scales into the weights of 16 `panels` positions.
-EARNEST_INLINE void scaleWeights(float* weights, int64_t panels, const Block& block) {
+template <class Fetch = FetchNothing>
+EARNEST_INLINE void scaleWeights(float* weights, int64_t panels, const Block& block,
+                                 Fetch fetch = {}) {
   for (int64_t g = 0; g < panels; ++g) {
+    fetch(g);
     const Vec::F by = Vec::load(reinterpret_cast<const float*>(block.values[g]));
     Vec::store(weights + 16 * g, Vec::mul(Vec::load(weights + 16 * g), by));
   }

@@ -46,15 +46,30 @@ EARNEST_INLINE void toShorts(const float* x, int64_t groups, uint8_t* out, int64
   });
 }
 
-// Every fourth line is fetched while weights are computed: memory would have nothing to do then, and
-// more to do at other times than it can.
-EARNEST_INLINE bool isLater(int64_t line) { return line % 4 == 3; }
+// Most lines are fetched while products are computed, in the order in which they lie; every fourth of
+// the values and every eighth of the keys later, while weights are: memory would have nothing to do
+// then, and more to do at other times than it can.
+constexpr int64_t kLaterValues = 4, kLaterKeys = 8;
 
-// The `part`-th of `parts` of such lines of a panel.
-EARNEST_INLINE void fetchLater(const uint8_t* panel, int64_t lines, int part, int parts) {
-  for (int64_t i = lines / 4 * part / parts; i < lines / 4 * (part + 1) / parts; ++i)
-    __builtin_prefetch(panel + kScaleBytes + 64 * (4 * i + 3), 0, 2);
-}
+constexpr bool isLater(int64_t line, int64_t every) { return line % every == every - 1; }
+
+// Fetches the `part`-th of `parts` of such lines of a panel.
+class FetchLater {
+ public:
+  FetchLater(const uint8_t* const* panels, int64_t lines, int64_t every, int part, int parts)
+      : panels_(panels),
+        from_(lines / every * part / parts),
+        to_(lines / every * (part + 1) / parts),
+        every_(every) {}
+  EARNEST_INLINE void operator()(int64_t panel) const {
+    for (int64_t i = from_; i < to_; ++i)
+      __builtin_prefetch(panels_[panel] + kScaleBytes + 64 * (every_ * (i + 1) - 1), 0, 2);
+  }
+
+ private:
+  const uint8_t* const* panels_;
+  int64_t from_, to_, every_;
+};
 
 struct ShortKv {
   static constexpr int kQueries = Vec::kQueries;
@@ -108,7 +123,7 @@ struct ShortKv {
         Vec::Pairs k[N];
         unroll<0, N>([&](auto n) EARNEST_INLINE_LAMBDA {
           k[n.value] = Vec::loadPairs(at[n.value] + byte);
-          if (!isLater(byte / 64)) __builtin_prefetch(ahead[n.value] + byte, 0, 2);
+          if (!isLater(byte / 64, kLaterValues)) __builtin_prefetch(ahead[n.value] + byte, 0, 2);
         });
         unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
           const auto pair = Vec::broadcastPair(u + 32 * i.value);
@@ -154,17 +169,18 @@ struct ShortKv {
     });
     for (int64_t g = 0; g < panels; ++g, integers += 32 * Q, scales += Q) {
       const uint8_t* at = block.values[g] + kScaleBytes + 64 * run;
-      const uint8_t* ahead = block.fetch_keys[g] + kScaleBytes + 64 * run;
+      const int64_t runs = padded / 16, done = run * panels + g * S;
+      const uint8_t* ahead = block.fetch_keys[done / runs] + kScaleBytes + 512 * (done % runs);
       if (run == 0) __builtin_prefetch(block.fetch_keys[g], 0, 2);
       Vec::I sum[Q][S];
       unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
         unroll<0, S>([&](auto s) EARNEST_INLINE_LAMBDA { sum[i.value][s.value] = Vec::zeroI(); });
       });
-      for (int j = 0; j < 8; ++j, at += row, ahead += row) {
+      for (int j = 0; j < 8; ++j, at += row, ahead += 64 * S) {
         Vec::Pairs v[S];
         unroll<0, S>([&](auto s) EARNEST_INLINE_LAMBDA {
           v[s.value] = Vec::loadPairs(at + 64 * s.value);
-          if (!isLater(run + s.value)) __builtin_prefetch(ahead + 64 * s.value, 0, 2);
+          if (!isLater(S * j + s.value, kLaterKeys)) __builtin_prefetch(ahead + 64 * s.value, 0, 2);
         });
         unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
           const auto pair = Vec::broadcastPair(integers + 32 * i.value + 4 * j);
@@ -211,13 +227,12 @@ struct ShortKv {
       float* state = states + i * floats;
       const int64_t sees = seen[i] > 0 ? seen[i] : 0;
       corrections[i] = 1.0f;
-      if (sees) corrections[i] = softmax(s, sees, state[padded], state[padded + 1]);
-      scaleWeights(s, (sees + 15) / 16, block);
+      if (sees)
+        corrections[i] = softmax(s, sees, state[padded], state[padded + 1],
+                                 FetchLater(block.fetch_values, padded / 2, kLaterValues, i, Q));
+      scaleWeights(s, (sees + 15) / 16, block,
+                   FetchLater(block.fetch_keys, channels / 2, kLaterKeys, i, Q));
       for (int64_t j = sees; j < 16 * panels; ++j) s[j] = 0.0f;
-      for (int64_t g = 0; g < panels; ++g) {
-        fetchLater(block.fetch_values[g], padded / 2, i, Q);
-        fetchLater(block.fetch_keys[g], channels / 2, i, Q);
-      }
       float by[kGroups];
       toShorts(s, panels, integers + 32 * i, 32 * Q, by);
       // Adding nothing must change nothing, not even the sign of a zero.
