@@ -144,15 +144,18 @@ struct ByteKv {
                                        const int64_t* seen, float* states) {
     Sum sum[Q][S][2];
     const int64_t row = 4 * padded;  // bytes of 4 positions
+    const uint8_t* ahead = nullptr;
     for (int64_t g = 0; g < groups; ++g, weights += 8 * Q) {
-      const int64_t within = kScaleBytes + g % 4 * row + 64 * run;
-      const uint8_t* at = block.values[g / 4] + within;
-      const uint8_t* ahead = block.fetch_keys[g / 4] + within;
+      const uint8_t* at = block.values[g / 4] + kScaleBytes + g % 4 * row + 64 * run;
+      if (g % 4 == 0)
+        ahead = kScaleBytes + keysAfter(block, 64 * (run * groups + g * S), 16 * padded);
+      if (run == 0 && g % 4 == 0) __builtin_prefetch(block.fetch_keys[g / 4], 0, 2);
       Vec::B v[S];
       unroll<0, S>([&](auto s) EARNEST_INLINE_LAMBDA {
         v[s.value] = load(at + 64 * s.value);
         __builtin_prefetch(ahead + 64 * s.value, 0, 2);
       });
+      ahead += 64 * S;
       unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
         unroll<0, 2>([&](auto p) EARNEST_INLINE_LAMBDA {
           const Vec::A a = Vec::broadcast(weights + 8 * i.value + 4 * p.value);

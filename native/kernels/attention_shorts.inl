@@ -169,8 +169,8 @@ struct ShortKv {
     });
     for (int64_t g = 0; g < panels; ++g, integers += 32 * Q, scales += Q) {
       const uint8_t* at = block.values[g] + kScaleBytes + 64 * run;
-      const int64_t runs = padded / 16, done = run * panels + g * S;
-      const uint8_t* ahead = block.fetch_keys[done / runs] + kScaleBytes + 512 * (done % runs);
+      const uint8_t* ahead =
+          kScaleBytes + keysAfter(block, 512 * (run * panels + g * S), 32 * padded);
       if (run == 0) __builtin_prefetch(block.fetch_keys[g], 0, 2);
       Vec::I sum[Q][S];
       unroll<0, Q>([&](auto i) EARNEST_INLINE_LAMBDA {
