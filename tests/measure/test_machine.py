@@ -109,3 +109,28 @@ def test_peak_memory_is_at_least_what_is_held() -> None:
     held = bytearray(b"x" * 10**8)
     peak = machine.peak_memory()
     assert peak is None or peak > len(held)
+
+
+ROLLUP = """\
+560bb786b000-7ffc4220c000 ---p 00000000 00:00 0                          [rollup]
+Rss:             3000000 kB
+Anonymous:       1000000 kB
+FilePmdMapped:   1500000 kB
+"""
+
+
+@pytest.mark.parametrize(
+    ("told", "share"),
+    [
+        (ROLLUP, 0.75),
+        (ROLLUP.replace("1500000", "0"), 0.0),
+        (ROLLUP.replace("3000000", "1000128"), None),  # too little is mapped to speak of
+        (ROLLUP.replace("FilePmdMapped", "Other"), None),  # an older Linux
+        ("", None),  # another system
+    ],
+)
+def test_huge_page_share_is_of_mapped_files(
+    told: str, share: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine, "_text", lambda path: told)
+    assert machine.huge_page_share() == share

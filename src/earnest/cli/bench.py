@@ -29,6 +29,7 @@ Examples:
 """
 
 _DEPTH_IS = "declared: KV blocks filled with random numbers"
+_ENOUGH_HUGE_PAGES = 0.95
 
 
 def _numbers(_ctx: click.Context, _option: click.Parameter, value: str | None) -> list[int] | None:
@@ -113,6 +114,7 @@ def _facts(speed: Speed, rates: Rates | None) -> dict[str, Any]:
             {"prompt": n, "seconds": seconds} for n, seconds in speed.first_token_seconds.items()
         ],
         "peak_memory_bytes": speed.peak_memory,
+        "huge_page_share": speed.huge_page_share,
         "weight_bytes": speed.weight_bytes,
         "kv_bytes_per_token": speed.kv_bytes_per_token,
         "rows": [row.to_dict(rates) for row in speed.rows],
@@ -140,6 +142,12 @@ def _print(speed: Speed, rates: Rates | None) -> None:
     out.print(
         f"loaded in {speed.load_seconds:.2f} s; first token, cold: {first}; peak memory {peak}"
     )
+    if speed.huge_page_share is not None:
+        slow = speed.huge_page_share < _ENOUGH_HUGE_PAGES
+        out.print(
+            f"{_percent(speed.huge_page_share)} of the weights in memory lie in huge pages"
+            + ("; the others are read more slowly: README, under pack" if slow else "")
+        )
     rows = [row.to_dict(rates) for row in speed.rows]
     print_table(
         "speed",

@@ -207,6 +207,25 @@ def peak_memory() -> int | None:
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
+def huge_page_share(least: int = 2**28) -> float | None:
+    """Which part of the mapped files in memory this process reaches through huge pages, 0 to 1.
+
+    None where the system does not tell (it is Linux that does: `FilePmdMapped` of
+    /proc/self/smaps_rollup) or less than `least` bytes are mapped.
+    """
+    sizes = {
+        name: 1024 * int(rest.split()[0])
+        for name, _, rest in (
+            line.partition(":") for line in _text(Path("/proc/self/smaps_rollup")).splitlines()
+        )
+        if rest.endswith(" kB")
+    }
+    if not {"Rss", "Anonymous", "FilePmdMapped"} <= sizes.keys():
+        return None
+    mapped = sizes["Rss"] - sizes["Anonymous"]
+    return None if mapped < least else min(1.0, sizes["FilePmdMapped"] / mapped)
+
+
 def _caches(folder: Path) -> tuple[Cache, ...]:
     found = []
     for index in folder.glob("index*"):

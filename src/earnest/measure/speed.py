@@ -29,7 +29,7 @@ from earnest.config import Accounting, ErnieConfig
 from earnest.engine.batch import Slice, blocks_for, make_batch
 from earnest.errors import MemoryBudgetError, UserError
 from earnest.log import Progress, silent
-from earnest.measure.machine import Rates, peak_memory
+from earnest.measure.machine import Rates, huge_page_share, peak_memory
 from earnest.runners.base import Routing
 from earnest.runners.choice import RunnerChoice, RunnerName
 from earnest.runners.native import runner as native
@@ -126,6 +126,7 @@ class Speed:
         first_token_seconds: length of a prompt to seconds until its logits, nothing warm: of one
             token, and of `Plan.prefill`.
         peak_memory: most bytes that this process has held so far; None if unknown.
+        huge_page_share: see `machine.huge_page_share`; the rest of the file is read more slowly.
         weight_bytes: bytes of all matrices as the runner reads them.
         kv_bytes_per_token: bytes of keys and values of a token.
     """
@@ -136,6 +137,7 @@ class Speed:
     load_seconds: float
     first_token_seconds: dict[int, float]
     peak_memory: int | None
+    huge_page_share: float | None
     weight_bytes: int
     kv_bytes_per_token: int
 
@@ -240,6 +242,7 @@ def measure_speed(
         load_seconds=load_seconds,
         first_token_seconds=first,
         peak_memory=peak_memory(),
+        huge_page_share=huge_page_share(),
         weight_bytes=bench.traffic.weight_bytes,
         kv_bytes_per_token=bench.traffic.kv_bytes_per_token,
     )
