@@ -43,12 +43,13 @@ struct Block {
   const uint8_t* fetch_keys[kGroups];
 };
 
-// Where to go on fetching keys when so many bytes of a block's values have been read, whatever their
-// order: keys come in the order in which they lie, which memory rewards.
+// Where to go on fetching keys when so many bytes of a block's values have been read, in whatever
+// order: keys are fetched in the order in which they lie, which is much faster (docs/log.md).
 EARNEST_INLINE const uint8_t* keysAfter(const Block& block, int64_t read, int64_t panel_bytes) {
   return block.fetch_keys[read / panel_bytes] + read % panel_bytes;
 }
 
+// For keys and values that are fetched elsewhere, or not at all.
 struct FetchNothing {
   void operator()(int64_t) const {}
 };
