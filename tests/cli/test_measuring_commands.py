@@ -9,7 +9,7 @@ import pytest
 
 from earnest import compiled
 from earnest.cli.main import main
-from earnest.measure import machine
+from earnest.measure import machine, speed
 from earnest.runners.native import isa
 
 needs_kernels = pytest.mark.skipif(not isa.installed(), reason="the compiled kernels are not built")
@@ -55,6 +55,18 @@ def test_bench_runs_the_reference_without_kernels(
     assert facts["runner"] == "reference"
     assert facts["machine"]["read_gb_s"] is None
     assert all(row["bandwidth_share"] is None for row in facts["rows"])
+
+
+@pytest.mark.parametrize(("share", "said"), [(1.0, False), (0.5, True)])
+def test_bench_names_small_pages(
+    share: float, said: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "huge_page_share", lambda: share)
+    status, out, err = run(capsys, "bench", "stories", *QUICK, "--runner", "reference")
+    assert status == 0, err
+    out = " ".join(out.split())  # however wide the terminal
+    assert f"{100 * share:.1f}% of the weights in memory lie in huge pages" in out
+    assert ("read anew" in out) == said
 
 
 def test_bench_prints_a_table(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def _print(speed: Speed, rates: Rates | None) -> None:
         slow = speed.huge_page_share < _ENOUGH_HUGE_PAGES
         out.print(
             f"{_percent(speed.huge_page_share)} of the weights in memory lie in huge pages"
-            + ("; the others are read more slowly: README, under pack" if slow else "")
+            + ("; the others are slower until the file is read anew (README, pack)" if slow else "")
         )
     rows = [row.to_dict(rates) for row in speed.rows]
     print_table(
