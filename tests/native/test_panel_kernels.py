@@ -56,9 +56,11 @@ def plain_twin(raw: np.ndarray, x: np.ndarray, name: str, planes: int, tier: str
 @pytest.mark.parametrize("tier", TIERS)
 @pytest.mark.parametrize("planes", [1, 2])
 def test_quantised_activations_equal_the_twin(tier: str, planes: int) -> None:
-    x = activations(9, 192)
+    x = activations(9, 352)  # 11 blocks: 8 together, 3 alone
     x[0, 5] = np.nan
     x[1, 40] = np.inf
+    x[0, 345] = -np.inf
+    x[1, 300], x[1, 301] = np.nan, np.inf
     x[2, :32] = 1e-38
     x[3] *= 1e30
     x[4, :32] = np.arange(32) - 15.5  # ties
