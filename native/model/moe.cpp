@@ -90,7 +90,7 @@ void Step::down(Worker& w, const Layer& layer, const Grouping* g) {
   const int64_t panels = (g ? layer.experts[0] : layer.shared).down.panelCount();
   const Bands pieces = bands(panels, T);
   const int64_t rest = pieces.begin(pieces.larges), left = panels - rest;
-  const bool divided = pieces.larges && left <= bufferPanels(T);
+  const bool divided = alone_ && pool_.workers() > 1 && left <= bufferPanels(T);
   const int64_t whole = divided ? pieces.larges : pieces.count();
   const int64_t items = 2 * pool_.workers();
   const int64_t width = std::min(left, roundUp((left * streams + items - 1) / items, 2));

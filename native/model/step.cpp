@@ -179,7 +179,7 @@ Bands Step::bands(int64_t panels, int64_t tokens) const {
   const int64_t large = std::min(most, panels * 17 / (20 * workers) / 2 * 2);
   const int64_t rest = panels - workers * large;
   const int64_t small = std::clamp<int64_t>(roundUp(rest / (2 * workers), 2), 2, most);
-  return {panels, workers, large, small};
+  return {panels, large ? workers : 0, large, small};
 }
 
 bool Step::run(const StepInput& input) {
