@@ -1,12 +1,13 @@
 """Builds of Earnest decoding from the same packed file, taking turns within a second.
 
-    python bench/builds.py FOLDER [--build NAME=SRC ...] [--threads 2] [--depth 0] [--seconds 60]
+    python bench/builds.py FOLDER [--build NAME=SRC ...] [--threads 2] [--depth 0] [--sequences 1]
+        [--seconds 60]
 
 SRC is the `src` folder of a checkout whose compiled module lies in it (CONTRIBUTING.md says how);
 without --build only the one that runs this is measured. All builds stay open, each in a process of
 its own, and share the file's pages. Memory of virtual machines changes its speed within seconds:
 the read bandwidth is measured before and after each round, rounds in which it changed are left out,
-and slow and fast ones are told apart. Printed: milliseconds a token, the ratio to the first build
+and slow and fast ones are told apart. Printed: milliseconds a step, the ratio to the first build
 and the share of the bandwidth; medians of the rounds.
 """
 
@@ -30,7 +31,9 @@ SEQUENCE = 64  # tokens, which come again and again: their experts stay in memor
 class Build:
     """A process that decodes when told to."""
 
-    def __init__(self, source: str | None, folder: Path, threads: int, depth: int) -> None:
+    def __init__(
+        self, source: str | None, folder: Path, threads: int, depth: int, sequences: int
+    ) -> None:
         environment = {**os.environ, **({"PYTHONPATH": source} if source else {})}
         self._process = subprocess.Popen(
             [
@@ -40,6 +43,7 @@ class Build:
                 "--side",
                 f"--threads={threads}",
                 f"--depth={depth}",
+                f"--sequences={sequences}",
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -47,10 +51,10 @@ class Build:
             env=environment,
         )
 
-    def ask(self, tokens: int) -> dict[str, float]:
-        """Decode so many tokens; of 0, measure the read bandwidth."""
+    def ask(self, steps: int) -> dict[str, float]:
+        """Run so many steps; of 0, measure the read bandwidth."""
         assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(f"{tokens}\n")
+        self._process.stdin.write(f"{steps}\n")
         self._process.stdin.flush()
         answer = self._process.stdout.readline()
         if not answer:
@@ -65,7 +69,7 @@ class Build:
         self._process.wait()
 
 
-def side(folder: Path, threads: int, depth: int) -> None:
+def side(folder: Path, threads: int, depth: int, sequences: int) -> None:
     """The process of a build: a number on each line comes in, an answer on each goes out."""
     from earnest.checkpoint.open import open_checkpoint
     from earnest.engine.batch import Slice, blocks_for, make_batch
@@ -75,11 +79,12 @@ def side(folder: Path, threads: int, depth: int) -> None:
     from earnest.runners.native.runner import NativeRunner
 
     checkpoint = open_checkpoint(str(folder))
-    blocks = range(blocks_for(depth + SEQUENCE, 32))
-    runner = NativeRunner(checkpoint, num_blocks=len(blocks), threads=threads)
+    each = blocks_for(depth + SEQUENCE, 32)
+    runner = NativeRunner(checkpoint, num_blocks=each * sequences, threads=threads)
     fill(runner)
     traffic = Traffic(checkpoint, runner)
-    ids = np.random.default_rng(0).integers(3, checkpoint.config.vocab_size, SEQUENCE).tolist()
+    random = np.random.default_rng(0)
+    ids = random.integers(3, checkpoint.config.vocab_size, (SEQUENCE, sequences)).tolist()
     pool, data = ops.thread_pool(threads), memory.zeros(2**28)
     data[:] = 1
     step = 0
@@ -87,12 +92,16 @@ def side(folder: Path, threads: int, depth: int) -> None:
         seconds, read = [], []
         for _ in range(int(line)):
             at = step % SEQUENCE
-            batch = make_batch([Slice([ids[at]], depth + at, blocks, 1)], runner.block_size)
+            rows = [
+                Slice([token], depth + at, range(i * each, (i + 1) * each), 1)
+                for i, token in enumerate(ids[at])
+            ]
+            batch = make_batch(rows, runner.block_size)
             routing: list[Routing] = []
             begun = time.perf_counter()
             runner.step(batch, routing)
             seconds.append(time.perf_counter() - begun)
-            read.append(traffic.step(1, depth + at + 1, routing))
+            read.append(traffic.step(sequences, depth + at + 1, routing))
             step += 1
         if seconds:
             answer = {"seconds": median(seconds), "bytes": median(read)}
@@ -102,7 +111,7 @@ def side(folder: Path, threads: int, depth: int) -> None:
         print(json.dumps(answer), flush=True)
 
 
-def measure(builds: dict[str, Build], seconds: float, tokens: int) -> list[dict[str, Any]]:
+def measure(builds: dict[str, Build], seconds: float, steps: int) -> list[dict[str, Any]]:
     """Rounds of all builds in turn, each with the bandwidth before and after."""
     for build in builds.values():
         build.ask(2 * SEQUENCE)  # finds pages that were never touched
@@ -112,7 +121,7 @@ def measure(builds: dict[str, Build], seconds: float, tokens: int) -> list[dict[
     while time.monotonic() < end:
         names = list(builds)
         names = names[len(rounds) % len(names) :] + names[: len(rounds) % len(names)]
-        found = {name: builds[name].ask(tokens) for name in names}
+        found = {name: builds[name].ask(steps) for name in names}
         after = first.ask(0)["read"]
         rounds.append({"before": before, "after": after, "found": found})
         before = after
@@ -152,19 +161,20 @@ def main() -> None:
     parser.add_argument("--build", action="append", default=[], metavar="NAME=SRC")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--depth", type=int, default=0)
+    parser.add_argument("--sequences", type=int, default=1, help="decoding together")
     parser.add_argument("--seconds", type=float, default=60)
-    parser.add_argument("--tokens", type=int, default=16, help="decoded in a turn")
+    parser.add_argument("--steps", type=int, default=16, help="in a turn")
     parser.add_argument("--side", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        side(args.folder, args.threads, args.depth)
+        side(args.folder, args.threads, args.depth, args.sequences)
         return
     sources = dict(build.split("=", 1) for build in args.build) or {"this": None}
     builds = {
-        name: Build(source, args.folder, args.threads, args.depth)
+        name: Build(source, args.folder, args.threads, args.depth, args.sequences)
         for name, source in sources.items()
     }
-    report(measure(builds, args.seconds, args.tokens), list(builds))
+    report(measure(builds, args.seconds, args.steps), list(builds))
     for build in builds.values():
         build.close()
 
