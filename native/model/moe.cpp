@@ -53,9 +53,13 @@ void Step::feedForward(Worker& w, int64_t index) {
   }
 
   w.done = kDoneExperts + (g ? g->used_count : 0);
+  const int64_t panels = (E ? layer.experts[0] : layer.shared).down.panelCount();
+  const Bands pieces = bands(panels, T);
   // `down` writes the residual stream, which a late worker may not have normed yet.
   pool_.await(done_[kDoneNorm], static_cast<uint32_t>(w.nth));
-  down(w, layer, g);
+  share(w, pieces.count(), [&](int64_t item) {
+    down(w, layer, g, pieces.begin(item), pieces.begin(item + 1));
+  });
   pool_.barrier();
 }
 
@@ -79,84 +83,36 @@ void Step::gateUp(Worker& w, const FeedForward& f, const Operand& x, int64_t tok
   }
 }
 
-// Down: all experts in use in ascending order, then the shared ones, then the residual stream.
-//
-// A piece of the rows takes one short stream of weights from every matrix, and each beginning costs
-// a microsecond (docs/log.md). So what ends together at the barrier is divided by matrices instead,
-// and who finishes the last of them adds them up.
-void Step::down(Worker& w, const Layer& layer, const Grouping* g) {
-  const int64_t T = in_.tokens, D = model_.hidden;
-  const int64_t streams = (g ? g->used_count : 0) + (layer.shared ? 1 : 0);
-  const int64_t panels = (g ? layer.experts[0] : layer.shared).down.panelCount();
-  const Bands pieces = bands(panels, T);
-  const int64_t rest = pieces.begin(pieces.larges), left = panels - rest;
-  const bool divided = alone_ && pool_.workers() > 1 && left <= bufferPanels(T);
-  const int64_t whole = divided ? pieces.larges : pieces.count();
-  const int64_t items = 2 * pool_.workers();
-  const int64_t width = std::min(left, roundUp((left * streams + items - 1) / items, 2));
-  const int64_t cuts = divided ? (left + width - 1) / width : 0;
-
-  const auto add = [&](int64_t begin, int64_t end, auto&& rowsOf) {
-    const int64_t at = begin * kPanelRows, count = std::min(end * kPanelRows, D) - at;
+// Output rows of panels [begin, end): all experts in ascending order, then the shared ones, then
+// the residual stream.
+void Step::down(Worker& w, const Layer& layer, const Grouping* g, int64_t begin, int64_t end) {
+  const int64_t T = in_.tokens, D = model_.hidden, at = begin * kPanelRows;
+  const int64_t count = std::min(end * kPanelRows, D) - at;
+  if (g) {
     std::fill(w.second, w.second + T * count, 0.0f);
-    for (int64_t i = 0; i < streams; ++i) addDown(layer, g, i, at, count, rowsOf(i, count), w.second);
-    for (int64_t t = 0; t < T; ++t) step_.add(x_ + t * D + at, w.second + t * count, count);
-  };
-  const int64_t stride = D - rest * kPanelRows;
-  const auto part = [&](int64_t i) {
-    return parts_ + (g && i < g->used_count ? g->starts[g->used[i]] : T * model_.active) * stride;
-  };
-  share(w, whole + streams * cuts, [&](int64_t item) {
-    if (item < whole) {
-      const int64_t begin = pieces.begin(item), end = pieces.begin(item + 1);
-      add(begin, end, [&](int64_t i, int64_t count) {
-        downOf(w, layer, g, i, begin, end, w.first, count);
-        return w.first;
-      });
-      return;
+    for (int64_t i = 0; i < g->used_count; ++i) {
+      const int32_t e = g->used[i];
+      const int64_t from = g->starts[e], tokens = g->starts[e + 1] - from;
+      const Matrix& m = layer.experts[e].down;
+      pool_.await(done_[kDoneExperts + i], layer.experts[e].gate.panelCount());
+      multiply(w, m, routed_.as(m.columns).view(m, tokens, nullptr, from), begin, end, w.first - at, count);
+      for (int64_t t = 0; t < tokens; ++t)
+        step_.addScaled(w.second + g->tokens[from + t] * count, w.first + t * count,
+                        g->factors[from + t], count);
     }
-    const int64_t i = streams - 1 - (item - whole) / cuts;  // the longest first: the shared experts
-    const int64_t begin = rest + (item - whole) % cuts * width;
-    downOf(w, layer, g, i, begin, std::min(begin + width, panels),
-           part(i) + (begin - rest) * kPanelRows, stride);
-    if (done_[kDoneParts].fetch_add(1, std::memory_order_acq_rel) + 1 == streams * cuts)
-      add(rest, panels, [&](int64_t k, int64_t) { return part(k); });
-  });
-}
-
-// Panels [begin, end) of the i-th matrix of down, a row of results for each of its tokens.
-void Step::downOf(Worker& w, const Layer& layer, const Grouping* g, int64_t i, int64_t begin,
-                  int64_t end, float* out, int64_t stride) {
-  const int64_t at = begin * kPanelRows;
-  if (g && i < g->used_count) {
-    const int32_t e = g->used[i];
-    const Matrix& m = layer.experts[e].down;
-    const int64_t from = g->starts[e], tokens = g->starts[e + 1] - from;
-    pool_.await(done_[kDoneExperts + i], layer.experts[e].gate.panelCount());
-    multiply(w, m, routed_.as(m.columns).view(m, tokens, nullptr, from), begin, end, out - at,
-             stride);
-  } else {
+  }
+  if (layer.shared) {
     const Matrix& m = layer.shared.down;
     pool_.await(done_[kDoneShared], layer.shared.gate.panelCount());
-    multiply(w, m, shared_.as(m.columns).view(m, in_.tokens, nullptr, 0), begin, end, out - at,
-             stride);
-  }
-}
-
-// Adds such rows, of `count` results from row `at` of the matrix, to `sum`.
-void Step::addDown(const Layer& layer, const Grouping* g, int64_t i, int64_t at, int64_t count,
-                   float* y, float* sum) {
-  if (g && i < g->used_count) {
-    const int64_t from = g->starts[g->used[i]], to = g->starts[g->used[i] + 1];
-    for (int64_t k = from; k < to; ++k, y += count)
-      step_.addScaled(sum + g->tokens[k] * count, y, g->factors[k], count);
-  } else {
-    const Matrix& m = layer.shared.down;
-    for (int64_t t = 0; t < in_.tokens; ++t, y += count, sum += count) {
+    multiply(w, m, shared_.as(m.columns).view(m, T, nullptr, 0), begin, end, w.first - at, count);
+    for (int64_t t = 0; t < T; ++t) {
+      float* y = w.first + t * count;
       if (m.bias) step_.add(y, m.bias + at, count);
-      step_.add(sum, y, count);
+      if (g) step_.add(y, w.second + t * count, count);
     }
   }
+  const float* y = layer.shared ? w.first : w.second;
+  for (int64_t t = 0; t < T; ++t) step_.add(x_ + t * D + at, y + t * count, count);
 }
 
 // Chooses the experts of every token and sorts the tokens by expert.

@@ -119,7 +119,6 @@ void Step::layout(Arena& arena) {
     routed_.take(arena, T * m.active, routed, m.planes, forms_);
     router_ = arena.take<float>(T * experts);
   }
-  parts_ = arena.take<float>(kAloneTokens * (m.active + 1) * m.hidden);
   states_ = arena.take<float>(states_capacity_);
   const int64_t matmul = kernels_.scratchBytes(
       roundUp(std::max({widest, routed, shared}), 256), T);

@@ -123,11 +123,7 @@ class Step {
   const Grouping& group(Worker& w, const Layer& layer);
   void gateUp(Worker& w, const FeedForward& f, const Operand& x, int64_t tokens,
               const int32_t* select, const Operand& out, int64_t from, int64_t begin, int64_t end);
-  void down(Worker& w, const Layer& layer, const Grouping* g);
-  void downOf(Worker& w, const Layer& layer, const Grouping* g, int64_t i, int64_t begin,
-              int64_t end, float* out, int64_t stride);
-  void addDown(const Layer& layer, const Grouping* g, int64_t i, int64_t at, int64_t count,
-               float* y, float* sum);
+  void down(Worker& w, const Layer& layer, const Grouping* grouping, int64_t begin, int64_t end);
   void attend(Worker& w, const AttentionItem& item, int64_t index);
   Attention attentionOf(int64_t row, int64_t tokens, int64_t kv_head, const int32_t* table,
                         int64_t index) const;
@@ -164,14 +160,12 @@ class Step {
 
   // Scratch of all workers.
   float *x_ = nullptr, *q_ = nullptr, *attended_ = nullptr, *router_ = nullptr, *states_ = nullptr;
-  float* parts_ = nullptr;  // results of down, matrix by matrix, of a few tokens
   Operand hidden_, heads_, routed_, shared_;
   std::vector<Worker> workers_;
   std::unique_ptr<std::atomic<int64_t>[]> counters_;
   int64_t counter_count_ = 0;
-  // In this layer: workers that need the residual stream no more; panels done of the router and of
-  // the shared experts' gate and up; parts done of down; panels done of gate and up of each expert
-  // in use.
+  // In this layer: workers that need the residual stream no more; panels done of the router, of the
+  // shared experts' gate and up, and of those of each expert in use.
   std::unique_ptr<std::atomic<uint32_t>[]> done_;
 
   // The piece being run.

@@ -20,7 +20,7 @@ inline constexpr int64_t kCheckMilliseconds = 50;
 inline constexpr int64_t kCounterStride = 8;  // a cache line each
 inline constexpr int64_t kLayerPhases = 7;     // the most that a layer shares out
 // Places in `done_`.
-inline constexpr int64_t kDoneNorm = 0, kDoneRouter = 1, kDoneShared = 2, kDoneParts = 3, kDoneExperts = 4;
+inline constexpr int64_t kDoneNorm = 0, kDoneRouter = 1, kDoneShared = 2, kDoneExperts = 3;
 
 inline constexpr uint32_t kIntegerForm = 1, kFloatForm = 2, kBf16Form = 4;
 
