@@ -14,9 +14,10 @@ namespace {
 
 constexpr float kLeastAmax = 0x1p-100f;
 constexpr float kRoundToInteger = 12582912.0f;  // adding 1.5 * 2^23 leaves the nearest integer,
-constexpr int32_t kRoundToIntegerBits = 0x4b400000;  // ties to even, in the lowest bits
+constexpr uint32_t kRoundToIntegerBits = 0x4b400000;  // ties to even, in the lowest bits
 
-EARNEST_INLINE void storeIntegers(const int32_t (&v)[32], int32_t planes, int8_t* values) {
+// Integers as their bits: beside a NaN they may be anything, and nothing of them may overflow.
+EARNEST_INLINE void storeIntegers(const uint32_t (&v)[32], int32_t planes, int8_t* values) {
   if (planes == kA15) {
     for (int i = 0; i < 32; ++i) {
       values[i] = static_cast<int8_t>((v[i] + 64) >> 7);
@@ -46,23 +47,23 @@ void quantizeBlock(const float* x, int32_t planes, float limit, int8_t* values,
     return;
   }
   const float inverse = limit / amax;
-  int32_t v[32];
+  uint32_t v[32];
   for (int i = 0; i < 32; ++i) {
     const float rounded = x[i] * inverse + kRoundToInteger;
-    int32_t bits;
-    __builtin_memcpy(&bits, &rounded, 4);
-    v[i] = bits - kRoundToIntegerBits;
+    __builtin_memcpy(v + i, &rounded, 4);
+    v[i] -= kRoundToIntegerBits;
   }
   int32_t first = 0, second = 0;
-  for (int i = 0; i < 16; ++i) first += v[i];
-  for (int i = 16; i < 32; ++i) second += v[i];
+  for (int i = 0; i < 16; ++i) first += static_cast<int32_t>(v[i]);
+  for (int i = 16; i < 32; ++i) second += static_cast<int32_t>(v[i]);
   storeIntegers(v, planes, values);
   const float scale = amax / limit;
   block = {scale, scale * static_cast<float>(first + second), first + second, first};
 }
 
 // 8 blocks: their maxima and sums, which run across lanes, are found together. The same bits: the
-// sums are of integers up to 2^14, exact in float32, and NaN where any x is no finite number.
+// sums are of integers up to 2^14, exact in float32, and NaN where any x is no finite number; such
+// blocks are done again.
 void quantize8(const float* x, int32_t planes, float limit, int8_t* values,
                ActivationBlock* blocks) {
   const Vec::F round = Vec::set1(kRoundToInteger), back = Vec::set1(-kRoundToInteger);
@@ -83,7 +84,7 @@ void quantize8(const float* x, int32_t planes, float limit, int8_t* values,
     alignas(64) float rounded[32];
     Vec::store(rounded, low);
     Vec::store(rounded + 16, high);
-    int32_t v[32];
+    uint32_t v[32];
     __builtin_memcpy(v, rounded, sizeof v);
     for (int i = 0; i < 32; ++i) v[i] -= kRoundToIntegerBits;
     storeIntegers(v, planes, values + 32 * planes * b);
