@@ -62,6 +62,22 @@ struct Columns {
   int64_t count[N];  // rows of the matrix in it
 };
 
+// Whether odd groups stay where they are in their bytes: a lone token pays for each operation that
+// unpacks its weights.
+template <class C, int kTiles>
+constexpr bool raisesOdd() {
+  return kTiles == 1 && requires(Vec::B b) { C::template raisedPair<0>(nullptr, b, b); };
+}
+
+// Of a sum whose odd groups may count sixteen times: exact, for 16 divides their part.
+template <bool kRaised, class S, class V = Vec>
+EARNEST_INLINE Vec::I totalOf(const S& sum) {
+  if constexpr (kRaised)
+    return V::addI(sum.v[0], V::lower4(sum.v[1]));
+  else
+    return sum.total();
+}
+
 // N panels x T tokens, all of K. P planes of activations. With `kRefresh` activations are touched
 // once more, half a panel after their use. Never inlined: a compiler that put all tiles into one
 // function would take minutes over it.
@@ -87,13 +103,30 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[N], int64_t b
       }
       unroll<0, C::kParts>([&](auto part) EARNEST_INLINE_LAMBDA {
         constexpr int kPairs = 4 / C::kParts;
-        constexpr int kChains = N * T * P <= 2 ? 2 : 1;
+        // Even and odd groups apart, where there are too few sums to wait for. With a scale per 16
+        // columns there are enough.
+        constexpr int kChains = N * T * P <= 2 && C::kParts == 1 ? 2 : 1;
+        constexpr bool kRaised = raisesOdd<C, N * T>();
         typename Vec::template Sum<C::kMax, C::kSigned, kChains> sum[N][T][P];
+        const auto offsetOf = [&](const ActivationBlock& block) EARNEST_INLINE_LAMBDA {
+          int32_t of = block.sum;
+          if constexpr (C::kParts == 2) of = part.value ? of - block.sum_first : block.sum_first;
+          return -C::kOffset * of;
+        };
+        // Sums that begin with the offset spare adding it; where little else is computed (q8_0),
+        // waiting for it costs more.
+        constexpr bool kBegun = N * T == 1 && C::kOffset != 0 && C::kMax < 128 &&
+                                requires { sum[0][0][0].begin(0); };
+        if constexpr (kBegun) sum[0][0][P - 1].begin(offsetOf(x.blocks[0][at]));
         unroll<0, kPairs>([&](auto i) EARNEST_INLINE_LAMBDA {
           constexpr int j = part.value * kPairs + i.value;
           Vec::B even[N], odd[N];
           unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
-            C::template pair<j>(C::weights(w[r.value], run), even[r.value], odd[r.value]);
+            const uint8_t* from = C::weights(w[r.value], run);
+            if constexpr (kRaised)
+              C::template raisedPair<j>(from, even[r.value], odd[r.value]);
+            else
+              C::template pair<j>(from, even[r.value], odd[r.value]);
           });
           unroll<0, T>([&](auto t) EARNEST_INLINE_LAMBDA {
             unroll<0, P>([&](auto p) EARNEST_INLINE_LAMBDA {
@@ -121,16 +154,12 @@ __attribute__((noinline)) void tile(const uint8_t* const (&panels)[N], int64_t b
           const ActivationBlock& block = x.blocks[t.value][at];
           const Vec::F scale_x = Vec::set1(block.scale);
           Vec::I offset;
-          if constexpr (C::kOffset != 0) {
-            int32_t of = block.sum;
-            if constexpr (C::kParts == 2) of = part.value ? of - block.sum_first : block.sum_first;
-            offset = Vec::set1I(-C::kOffset * of);
-          }
+          if constexpr (C::kOffset != 0 && !kBegun) offset = Vec::set1I(offsetOf(block));
           unroll<0, N>([&](auto r) EARNEST_INLINE_LAMBDA {
             auto& s = sum[r.value][t.value];
-            Vec::I total = s[0].total();
-            if constexpr (P == 2) total = Vec::addI(Vec::shift7(total), s[P - 1].total());
-            if constexpr (C::kOffset != 0) total = Vec::addI(total, offset);
+            Vec::I total = totalOf<kRaised>(s[0]);
+            if constexpr (P == 2) total = Vec::addI(Vec::shift7(total), totalOf<kRaised>(s[P - 1]));
+            if constexpr (C::kOffset != 0 && !kBegun) total = Vec::addI(total, offset);
             Vec::F& a = acc[r.value][t.value];
             a = Vec::fma(Vec::toFloat(total), Vec::mul(scale[r.value], scale_x), a);
           });

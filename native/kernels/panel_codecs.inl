@@ -11,6 +11,7 @@
 //   Head                what is read once a block; scale(run, part) and minimum(run) of 16 rows
 //   weights(block, run) where the run's weights lie
 //   pair<j>(w, even, odd)  groups 2j and 2j + 1 of a run: columns 8j..8j+3 and 8j+4..8j+7
+//   raisedPair<j>       the same with 16 times the odd group's weights (plain nibbles only)
 #pragma once
 
 #include "earnest/kernels.h"
@@ -42,11 +43,13 @@ struct Bits {
   static constexpr int kMax = (1 << kBits) - 1;
   static constexpr bool kSigned = false;
   static constexpr int kRunBytes = 64 * kBits;
-  template <int j>
+  template <int j, class V = Vec>
   static EARNEST_INLINE void pair(const uint8_t* w, Vec::B& even, Vec::B& odd) {
     constexpr int kPlanes = kBits - 4;
     Vec::B both = Vec::loadB(w + 64 * (kPlanes + j));
     Vec::hold(both);
+    if constexpr (kPlanes == 2 && requires { V::template sixBits<0>(both, both, even, odd); })
+      return V::template sixBits<4 * (j % 2)>(both, V::loadB(w + 64 * (j / 2)), even, odd);
     even = Vec::lowNibbles(both);
     odd = Vec::highNibbles(both);
     if constexpr (kPlanes > 0) {
@@ -55,6 +58,14 @@ struct Bits {
       even = Vec::withHigh<kPlanes * (2 * j % kFields), kPlanes>(even, high);
       odd = Vec::withHigh<kPlanes * ((2 * j + 1) % kFields), kPlanes>(odd, high);
     }
+  }
+  template <int j, class V = Vec>
+    requires(kBits == 4) && requires(V::B b) { V::raisedNibbles(b); }
+  static EARNEST_INLINE void raisedPair(const uint8_t* w, Vec::B& even, Vec::B& odd) {
+    Vec::B both = Vec::loadB(w + 64 * j);
+    Vec::hold(both);
+    even = Vec::lowNibbles(both);
+    odd = V::raisedNibbles(both);
   }
 };
 

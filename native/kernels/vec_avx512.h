@@ -134,6 +134,9 @@ struct Vec {
   static B highNibbles(B b) {
     return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15));
   }
+  // Sixteen times the high nibbles, for sums that are divided by it in the end.
+  static B raisedNibbles(B b) { return _mm512_and_si512(b, _mm512_set1_epi8(int8_t(0xf0))); }
+  static I lower4(I a) { return _mm512_srai_epi32(a, 4); }
   static B flipSign(B b) { return _mm512_xor_si512(b, _mm512_set1_epi8(int8_t(0x80))); }
   template <int kAt, int kWidth>
   static B withHigh(B b, B h) {
@@ -143,10 +146,25 @@ struct Vec {
     if constexpr (kAt > 4) moved = _mm512_srli_epi16(h, kAt - 4);
     return _mm512_ternarylogic_epi32(b, moved, mask, 0xf8);  // b | (moved & mask)
   }
+  // Nibbles with two upper bits each, at kAt and kAt + 2 of `high`: masked once for several groups,
+  // these need no mask of their own, and neither do the nibbles.
+  template <int kAt>
+  static void sixBits(B both, B high, B& even, B& odd) {
+    static_assert(kAt == 0 || kAt == 4);
+    const B nibble = _mm512_set1_epi8(15);  // picks these bits of the first, the others of the second
+    B first = _mm512_and_si512(high, _mm512_set1_epi8(0x33));
+    B second = _mm512_and_si512(high, _mm512_set1_epi8(int8_t(0xcc)));
+    if constexpr (kAt == 0) first = _mm512_slli_epi16(first, 4);
+    second = kAt == 0 ? _mm512_slli_epi16(second, 2) : _mm512_srli_epi16(second, 2);
+    even = _mm512_ternarylogic_epi32(both, first, nibble, 0xe4);
+    odd = _mm512_ternarylogic_epi32(_mm512_srli_epi16(both, 4), second, nibble, 0xe4);
+  }
   template <int kAt>
   static void sixBit(B low, B high, uint8_t* scales, uint8_t* minima) {
-    storeB(scales, withHigh<kAt, 2>(lowNibbles(low), high));
-    storeB(minima, withHigh<kAt + 2, 2>(highNibbles(low), high));
+    B even, odd;
+    sixBits<kAt>(low, high, even, odd);
+    storeB(scales, even);
+    storeB(minima, odd);
   }
 
   template <int kMax, bool kSigned, int kChains>
@@ -158,6 +176,11 @@ struct Vec {
     }
     I total() const { return kChains == 2 ? addI(v[0], v[kChains - 1]) : v[0]; }
 #if !EARNEST_SIMDE
+    // Begins with a number in memory: to broadcast one from a register takes the vector units.
+    void begin(int32_t x) {
+      __asm__("" : "+m"(x));
+      v[0] = _mm512_set1_epi32(x);
+    }
     // One operation, where the activations meet no other weights; gcc 12 makes two of it.
     template <int kGroup>
     void addAt(B w, const int8_t* a) {
