@@ -212,6 +212,8 @@ struct Vec {
       } else {
         a16 = _mm256_add_epi16(a16, x);
         b16 = _mm256_add_epi16(b16, y);
+        // gcc would multiply first and add later, with two dozen products waiting on the stack.
+        __asm__("" : "+x"(a16), "+x"(b16));
       }
       if constexpr ((kGroup + 1) % kGroups == 0) widen();
     }
