@@ -126,10 +126,16 @@ struct Vec {
 #if EARNEST_AVXVNNI
     return {_mm256_dpwssd_avx_epi32(sum.a, x.a, pair), _mm256_dpwssd_avx_epi32(sum.b, x.b, pair)};
 #else
-    return {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x.a, pair)),
-            _mm256_add_epi32(sum.b, _mm256_madd_epi16(x.b, pair))};
+    I added = {_mm256_add_epi32(sum.a, _mm256_madd_epi16(x.a, pair)),
+               _mm256_add_epi32(sum.b, _mm256_madd_epi16(x.b, pair))};
+    now(added.a, added.b);
+    return added;
 #endif
   }
+
+  // Sums that are wanted now: gcc would multiply first and add later, in an order of its own, with
+  // dozens of products waiting on the stack.
+  static void now(__m256i& a, __m256i& b) { __asm__("" : "+x"(a), "+x"(b)); }
 
   static A broadcast(const int8_t* p) {
     int32_t four;
@@ -212,8 +218,7 @@ struct Vec {
       } else {
         a16 = _mm256_add_epi16(a16, x);
         b16 = _mm256_add_epi16(b16, y);
-        // gcc would multiply first and add later, with two dozen products waiting on the stack.
-        __asm__("" : "+x"(a16), "+x"(b16));
+        now(a16, b16);
       }
       if constexpr ((kGroup + 1) % kGroups == 0) widen();
     }
