@@ -64,7 +64,17 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_add_epi32(
         _mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
   }
+#if EARNEST_SIMDE  // which has no reduction to the greatest
+  static float greatest(F a) {
+    float all[16], most;
+    store(all, a);
+    most = all[0];
+    for (float x : all) most = x > most ? x : most;
+    return most;
+  }
+#else
   static float greatest(F a) { return _mm512_reduce_max_ps(a); }
+#endif
   static float sum(F a) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
