@@ -64,23 +64,38 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_add_epi32(
         _mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
   }
-#if EARNEST_SIMDE  // which has no reduction to the greatest
+#if EARNEST_SIMDE  // which lacks the reduction and the upper half; in the same order
   static float greatest(F a) {
-    float all[16], most;
+    float all[16];
     store(all, a);
-    most = all[0];
+    float most = all[0];
     for (float x : all) most = x > most ? x : most;
     return most;
   }
+  static float sum(F a) {
+    float all[16];
+    store(all, a);
+    for (int half = 8; half > 0; half /= 2)
+      for (int i = 0; i < half; ++i) all[i] += all[i + half];
+    return all[0];
+  }
 #else
   static float greatest(F a) { return _mm512_reduce_max_ps(a); }
-#endif
   static float sum(F a) {
     const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(a), _mm512_extractf32x8_ps(a, 1));
     const __m128 four = _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
+#endif
+#if EARNEST_SIMDE
+  static void greatestOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = greatest(x[i]);
+  }
+  static void sumOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = sum(x[i]);
+  }
+#else
   // Of 8 vectors each, through transposing: a third of the shuffles.
   template <class Op>
   static void of8(const F (&x)[8], float* out, Op op) {
@@ -101,10 +116,22 @@ struct Vec {
   }
   static void greatestOf8(const F (&x)[8], float* out) { of8(x, out, greater); }
   static void sumOf8(const F (&x)[8], float* out) { of8(x, out, add); }
+#endif
+#if EARNEST_SIMDE
+  static void storeShorts(uint8_t* p, F a) {
+    float all[16];
+    store(all, a);
+    for (int i = 0; i < 16; ++i) {
+      const int16_t x = static_cast<int16_t>(__builtin_lrintf(all[i]));
+      __builtin_memcpy(p + 2 * i, &x, 2);
+    }
+  }
+#else
   static void storeShorts(uint8_t* p, F a) {
     const __m256i shorts = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), shorts);
   }
+#endif
 
   using Pairs = __m512i;
   static Pairs loadPairs(const uint8_t* p) { return _mm512_loadu_si512(p); }
@@ -144,9 +171,11 @@ struct Vec {
   static B highNibbles(B b) {
     return _mm512_and_si512(_mm512_srli_epi16(b, 4), _mm512_set1_epi8(15));
   }
+#if !EARNEST_SIMDE  // which cannot shift so
   // Sixteen times the high nibbles, for sums that are divided by it in the end.
   static B raisedNibbles(B b) { return _mm512_and_si512(b, _mm512_set1_epi8(int8_t(0xf0))); }
   static I lower4(I a) { return _mm512_srai_epi32(a, 4); }
+#endif
   static B flipSign(B b) { return _mm512_xor_si512(b, _mm512_set1_epi8(int8_t(0x80))); }
   template <int kAt, int kWidth>
   static B withHigh(B b, B h) {
