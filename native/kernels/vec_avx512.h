@@ -64,7 +64,7 @@ struct Vec {
     return _mm512_castsi512_ps(_mm512_add_epi32(
         _mm512_castps_si512(x), _mm512_slli_epi32(_mm512_castps_si512(shifted), 23)));
   }
-#if EARNEST_SIMDE  // which lacks the reduction and the upper half; in the same order
+#if EARNEST_SIMDE  // which lacks the operations of the others; sums of 8 in another order
   static float greatest(F a) {
     float all[16];
     store(all, a);
@@ -79,6 +79,20 @@ struct Vec {
       for (int i = 0; i < half; ++i) all[i] += all[i + half];
     return all[0];
   }
+  static void greatestOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = greatest(x[i]);
+  }
+  static void sumOf8(const F (&x)[8], float* out) {
+    for (int i = 0; i < 8; ++i) out[i] = sum(x[i]);
+  }
+  static void storeShorts(uint8_t* p, F a) {
+    float all[16];
+    store(all, a);
+    for (int i = 0; i < 16; ++i) {
+      const int16_t x = static_cast<int16_t>(__builtin_lrintf(all[i]));
+      __builtin_memcpy(p + 2 * i, &x, 2);
+    }
+  }
 #else
   static float greatest(F a) { return _mm512_reduce_max_ps(a); }
   static float sum(F a) {
@@ -87,15 +101,6 @@ struct Vec {
     const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
     return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
   }
-#endif
-#if EARNEST_SIMDE
-  static void greatestOf8(const F (&x)[8], float* out) {
-    for (int i = 0; i < 8; ++i) out[i] = greatest(x[i]);
-  }
-  static void sumOf8(const F (&x)[8], float* out) {
-    for (int i = 0; i < 8; ++i) out[i] = sum(x[i]);
-  }
-#else
   // Of 8 vectors each, through transposing: a third of the shuffles.
   template <class Op>
   static void of8(const F (&x)[8], float* out, Op op) {
@@ -116,17 +121,6 @@ struct Vec {
   }
   static void greatestOf8(const F (&x)[8], float* out) { of8(x, out, greater); }
   static void sumOf8(const F (&x)[8], float* out) { of8(x, out, add); }
-#endif
-#if EARNEST_SIMDE
-  static void storeShorts(uint8_t* p, F a) {
-    float all[16];
-    store(all, a);
-    for (int i = 0; i < 16; ++i) {
-      const int16_t x = static_cast<int16_t>(__builtin_lrintf(all[i]));
-      __builtin_memcpy(p + 2 * i, &x, 2);
-    }
-  }
-#else
   static void storeShorts(uint8_t* p, F a) {
     const __m256i shorts = _mm512_cvtepi32_epi16(_mm512_cvtps_epi32(a));
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), shorts);
