@@ -37,9 +37,16 @@ build() {
 
 # check NAME LIBRARY TESTS...: runs pytest with the sanitizer's library in front of everything
 check() {
-  name=$1 library=$2
+  name=$1 library=$2 site=$PWD/build/sanitize-$1/site
   shift 2
-  PYTHONPATH="$PWD/build/sanitize-$name/site" PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
+  found=$(PYTHONPATH="$site" "$python" -c "
+import importlib.util
+print(importlib.util.find_spec('earnest._native').origin)")
+  case $found in
+    "$site"/*) ;;
+    *) echo "python imports $found, which has no sanitizer: pip uninstall earnest"; return 1 ;;
+  esac
+  PYTHONPATH="$site" PYTHONMALLOC=malloc OMP_NUM_THREADS=1 \
     ASAN_OPTIONS=detect_leaks=0:detect_stack_use_after_return=0 \
     UBSAN_OPTIONS=print_stacktrace=1 \
     TSAN_OPTIONS="halt_on_error=1:second_deadlock_stack=1:report_signal_unsafe=0:suppressions=$PWD/build/sanitize.suppressions" \
