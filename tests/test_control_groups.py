@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,15 @@ def test_what_the_tightest_group_leaves(
     tmp_path: Path, groups: str, files: dict[str, str], expected: int | None
 ) -> None:
     assert control_groups.free_memory(*told(tmp_path, groups, files)) == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, 3), (0.5, 1), (1.5, 2), (2, 2), (64.0, 3)])
+def test_usable_cores_are_the_lesser_of_mask_and_quota(
+    quota: float | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 5, 9}, raising=False)
+    monkeypatch.setattr(control_groups, "cpu_quota", lambda: quota)
+    assert env.usable_cores() == expected
 
 
 def test_free_memory_is_the_lesser_of_machine_and_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,6 +5,7 @@ A variable that does not parse is an error, never a silent default.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,6 +105,17 @@ def memory_budget() -> int:
             expected="GiB as a number, for example 4 or 0.5",
         )
     return int(gib * 2**30)
+
+
+def usable_cores() -> int:
+    """Threads that this process may run at once: its affinity mask, and the processors' worth of
+    time that its control groups allow, rounded up; as the kernels count them."""
+    if hasattr(os, "sched_getaffinity"):
+        cores = len(os.sched_getaffinity(0))
+    else:
+        cores = os.cpu_count() or 1
+    quota = control_groups.cpu_quota()
+    return cores if quota is None else max(1, min(cores, math.ceil(quota)))
 
 
 def free_memory() -> int:

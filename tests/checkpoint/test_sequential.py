@@ -7,12 +7,15 @@ import os
 import random
 import re
 import sys
+import threading
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from earnest import codecs, control_groups
 from earnest.checkpoint.containers import sequential
-from earnest.checkpoint.containers.base import map_file
+from earnest.checkpoint.containers.base import PlannedTensor, map_file, stream
 
 PAGE = 16
 
@@ -102,3 +105,21 @@ def _has_huge_files(folder: Path) -> bool:
     smaps = Path("/proc/self/smaps").read_text().partition(str(path))[2]
     found = re.search(r"^FilePmdMapped:\s+(\d+) kB$", smaps, re.M)
     return found is not None and int(found[1]) > 0
+
+
+@pytest.mark.parametrize(("quota", "threads"), [(None, 3), (1.5, 2), (0.2, 1)])
+def test_blocks_are_made_by_as_many_threads_as_may_run(
+    quota: float | None, threads: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1, 2}, raising=False)
+    monkeypatch.setattr(control_groups, "cpu_quota", lambda: quota)
+    together, seen = threading.Barrier(threads), set()
+
+    def block() -> np.ndarray:
+        together.wait(60)  # nobody goes on before all are here
+        seen.add(threading.get_ident())
+        return np.zeros(1, np.float32)
+
+    tensor = PlannedTensor("w", codecs.codec("f32"), (12,), lambda: iter([block] * 12))
+    assert sum(1 for _ in stream(tmp_path, [tensor])) == 13
+    assert len(seen) == threads

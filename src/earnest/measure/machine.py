@@ -109,18 +109,13 @@ def look() -> Machine:
     """
     cores = os.cpu_count() or 1
     allowed = sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else list(range(cores))
-    quota = control_groups.cpu_quota()
     kernels = isa.installed()
-    if kernels:
-        threads = ops.usable_threads()
-    else:
-        threads = max(1, min(len(allowed), -int(-(quota or cores) // 1)))
     return Machine(
         processor=_processor(),
         cores=cores,
         allowed=len(allowed),
-        quota=quota,
-        threads=threads,
+        quota=control_groups.cpu_quota(),
+        threads=ops.usable_threads() if kernels else env.usable_cores(),
         caches=_caches(Path(f"/sys/devices/system/cpu/cpu{allowed[0]}/cache")),
         free_memory=env.free_memory(),
         tier=isa.tier() if kernels else None,

@@ -23,6 +23,7 @@ import numpy.typing as npt
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.codecs.base import Codec, Raw
 from earnest.codecs.panel import Panel
+from earnest.env import usable_cores
 from earnest.errors import EarnestError, FormatError
 from earnest.files import machine_errors
 
@@ -88,13 +89,6 @@ class PlannedTensor:
 
 _Pending = tuple[PlannedTensor, Raw | Future[Raw] | None]
 """A block that is made or being made, or the end of its tensor."""
-
-
-def usable_cores() -> int:
-    """Cores that this process may run on."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def stream(
