@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import struct
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -216,43 +216,79 @@ def test_the_story_model_computes_the_same_bits(model: str, tmp_path: Path) -> N
     assert np.array_equal(a.logits(ids), b.logits(ids))
 
 
+# The command line, but that it gets a signal when a share of the weights is written.
 _CHILD = """
-import os, signal, sys
-from pathlib import Path
-from earnest.checkpoint import open_checkpoint
+import os, sys
 from earnest.checkpoint.containers import sequential
-from earnest.checkpoint.pack import pack
+from earnest.cli.main import main
 
-def progress(done, total, what):
-    if done > int(sys.argv[3]) * total / 100:
-        os.kill(os.getpid(), signal.SIGKILL)
+percent, number, *arguments = sys.argv[1:]
+stream = sequential.stream
+
+def interrupted(path, tensors):
+    done, total = 0, sum(tensor.nbytes for tensor in tensors)
+    for tensor, block in stream(path, tensors):
+        yield tensor, block
+        done += 0 if block is None else block.nbytes
+        if done > int(percent) * total / 100:
+            os.kill(os.getpid(), int(number))
 
 sequential._SYNC_BYTES = 1
-pack(open_checkpoint(sys.argv[1]), Path(sys.argv[2]), progress=progress)
+sequential.stream = interrupted
+main(arguments)
 """
 
+# What is made, its name, the command line's verb and options, and the same as a call.
+WRITERS = {
+    "packed": ("out", ["pack"], pack),
+    "quantised": ("out", ["quantize", "--codec", "q4_k_m"], partial(quantize, codec="q4_k_m")),
+    "quantised gguf": (
+        "out.gguf",
+        ["quantize", "--codec", "q5_0"],
+        partial(quantize, codec="q5_0"),
+    ),
+    "gguf": ("out.gguf", ["convert", "--to", "gguf"], export),
+}
 
-@pytest.mark.parametrize("percent", [0, 60, 99])
-def test_a_killed_run_is_taken_up_where_it_was(
-    percent: int, source: Checkpoint, tmp_path: Path
+
+@pytest.mark.parametrize(
+    ("kind", "percent", "how"),
+    [
+        ("packed", 0, signal.SIGKILL),
+        ("packed", 60, signal.SIGKILL),
+        ("packed", 99, signal.SIGKILL),
+        ("quantised", 60, signal.SIGKILL),
+        ("quantised", 60, signal.SIGINT),
+        ("quantised gguf", 60, signal.SIGKILL),
+        ("quantised gguf", 60, signal.SIGINT),
+        ("gguf", 60, signal.SIGKILL),
+    ],
+)
+def test_an_interrupted_run_is_taken_up_where_it_was(
+    kind: str, percent: int, how: signal.Signals, source: Checkpoint, tmp_path: Path
 ) -> None:
-    out = tmp_path / "out"
+    name, arguments, write = WRITERS[kind]
+    out, whole = tmp_path / name, tmp_path / "whole" / name
     run = subprocess.run(
-        [sys.executable, "-c", _CHILD, str(source.path), str(out), str(percent)],
-        env=os.environ,
+        [sys.executable, "-c", _CHILD, str(percent), str(int(how)), *arguments, source.path, out],
         capture_output=True,
+        text=True,
         check=False,
     )
-    assert run.returncode == -signal.SIGKILL, run.stderr
+    assert run.returncode == (130 if how == signal.SIGINT else -how), run.stderr
     assert not out.exists()
     seen: list[int] = []
-    report = pack(source, out, progress=lambda done, total, what: seen.append(done))
+    report = write(source, out, progress=lambda done, total, what: seen.append(done))
     assert report.resumed
     # A tensor is at most a tenth of this model; what was finished is not written again.
     assert min(seen) >= (percent / 100 - 0.1) * report.nbytes
-    pack(source, tmp_path / "whole")
-    assert_same_files(out, tmp_path / "whole")
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["out", "whole"]
+    whole.parent.mkdir()
+    write(source, whole)
+    if out.is_dir():
+        assert_same_files(out, whole)
+    else:
+        assert out.read_bytes() == whole.read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == [name, "whole"]
 
 
 def test_another_source_is_begun_anew(
