@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -109,6 +111,16 @@ def test_peak_memory_is_at_least_what_is_held() -> None:
     held = bytearray(b"x" * 10**8)
     peak = machine.peak_memory()
     assert peak is None or peak > len(held)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_peak_memory_is_not_that_of_the_process_that_started_this_one() -> None:
+    held = bytearray(b"x" * 300_000_000)
+    script = "from earnest.measure.machine import peak_memory; print(peak_memory())"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert int(done.stdout) < len(held)
 
 
 ROLLUP = """\

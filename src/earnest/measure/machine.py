@@ -196,6 +196,10 @@ def peak_memory() -> int | None:
     """Most bytes of memory this process has held, mapped files included; None if unknown."""
     if sys.platform == "win32":
         return None
+    # Linux's `ru_maxrss` is never less than what the process that started this one held.
+    for line in _text(Path("/proc/self/status")).splitlines():
+        if line.startswith("VmHWM:"):
+            return 1024 * int(line.split()[1])
     import resource  # of Unix only
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
