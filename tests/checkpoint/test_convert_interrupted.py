@@ -10,7 +10,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +40,7 @@ if int(limit):
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), int(limit)))
 try:
     opened = open_checkpoint(source)
-    baseline = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     convert(opened, Path(destination), to, shard_bytes=int(shard_bytes), progress=progress)
-    print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - baseline) * 1024)
 except EarnestError as error:
     print(f"{type(error).__name__}: {error}")
 """
@@ -169,19 +166,3 @@ def test_progress_ends_at_the_total_and_never_goes_back(small: Path, tmp_path: P
     assert seen[-1] == (report.nbytes, report.nbytes)
     assert seen == sorted(seen)
     assert json.loads(json.dumps(report.to_dict()))["nbytes"] == report.nbytes
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("to", ["paddle", "hf"])
-def test_memory_stays_far_below_the_size_of_the_model(to: str, tmp_path: Path) -> None:
-    config = replace(preset("0.3b"), num_hidden_layers=6, vocab_size=50_000, intermediate_size=6144)
-    report = synth.synth(tmp_path / "hf", config, seed=1)
-    assert report.nbytes > 385e6
-    source = tmp_path / "hf"
-    if to == "hf":
-        convert(open_checkpoint(source), tmp_path / "paddle", "paddle")
-        source = tmp_path / "paddle"
-    run = run_child(source, tmp_path / "out", to, 5 * 10**9)
-    assert run.returncode == 0, run.stderr
-    # 32 MiB of pages between two forgettings, one tensor's pages, and the blocks in hand.
-    assert int(run.stdout) < 100e6
