@@ -108,7 +108,7 @@ struct Vec {
       for (int i = 0; i < half; ++i) a[i] += a[i + half];
     return a[0];
   }
-  // The same of 8 vectors; a sum's tree may be another one.
+  // The same of 8 vectors, with the same tree.
   static void greatestOf8(const F (&x)[8], float* out) {
     for (int i = 0; i < 8; ++i) out[i] = greatest(x[i]);
   }
