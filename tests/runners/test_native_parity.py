@@ -1,8 +1,6 @@
 """The native runner against the reference on the random configurations of the reference's own
-proof, in every codec that the kernels read.
-
-Each configuration meets four of the eleven codecs, each codec so meets 16 configurations, with all
-matrices in that codec whose rows are whole blocks of it; others stay float32, as in files.
+proof, each of them in every codec that the kernels read: all matrices in that codec whose rows are
+whole blocks of it; others stay float32, as in files.
 The budgets are relative to the largest logit. They were set at about twice the worst that was
 measured; these random weights amplify roundings far more than trained ones (test_native_accuracy.py
 has real ones).
@@ -29,32 +27,28 @@ if isa.installed():
     from earnest.runners.native.runner import KvType, NativeRunner
 
 CODECS = sorted(PANELS)
-TIMES = 4  # how many codecs a configuration meets
 TOKENS, STARTS = 24, (0, 15)  # two sequences
 
 # Largest difference of a logit by the largest logit; how near a tie swapped experts must be, by the
 # spread of the scores; how many (token, layer) pairs may be swapped. Seen with float32 keys and
 # values: 6e-6 for plain codecs, 1.2e-3 for blocks (activations of 15 bits), at most 3 swaps of a
-# codec; with f16 ones 6e-3 (the median configuration: 1.2e-3), with bf16 4e-2 (9e-3), with int8 0.1
-# (3.5e-2), and there 16 swaps.
+# codec; with f16 ones 6e-3 (the median configuration: 1.7e-3), with bf16 4e-2 (1.2e-2), with int8 0.1
+# (2.8e-2), and there 40 swaps.
 PLAIN = (1e-5, 1e-5, 0.0)
 BLOCKS = (3e-3, 1e-3, 0.01)
 SHORT_KEYS = {
     "int16": (3e-3, 1e-3, 0.01),
     "f16": (0.015, 0.015, 0.01),
     "bf16": (0.1, 0.1, 0.03),
-    "int8": (0.2, 0.3, 0.06),
+    "int8": (0.2, 0.7, 0.06),
 }
 
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_random_configurations(codec: str, checkpoint_of, weights_of, batch_of, scores) -> None:  # noqa: F811
-    number = CODECS.index(codec)
-    seeds = [s for s in SEEDS if (number - TIMES * s) % len(CODECS) < TIMES]
-    assert len(seeds) == TIMES * len(SEEDS) // len(CODECS)
     errors: dict[str, list[float]] = {kv: [] for kv in get_args(KvType)}
     pairs, swapped = 0, dict.fromkeys(errors, 0)
-    for seed in seeds:
+    for seed in SEEDS:
         config = ernie_config(seed, max(32, PANELS[codec].codec.block_weights))
         arrays = arrays_of(config, weights_of, seed)
         for name, array in arrays.items():
@@ -83,7 +77,7 @@ def test_random_configurations(codec: str, checkpoint_of, weights_of, batch_of, 
             assert error < budget, f"configuration {seed}: {error:.2e} of the largest logit"
             errors[kv].append(float(error))
             swapped[kv] += len(found)
-            assert swapped[kv] <= 2 + share * 24 * 25, "swaps must be rare"
+            assert swapped[kv] <= 2 + share * pairs, "swaps must be rare"
             for mine, other in zip(ours, theirs, strict=True):
                 np.testing.assert_allclose(
                     np.sort(mine.weights)[clean], np.sort(other.weights)[clean], atol=10 * budget
