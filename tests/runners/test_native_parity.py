@@ -32,8 +32,8 @@ TOKENS, STARTS = 24, (0, 15)  # two sequences
 # Largest difference of a logit by the largest logit; how near a tie swapped experts must be, by the
 # spread of the scores; how many (token, layer) pairs may be swapped. Seen with float32 keys and
 # values: 6e-6 for plain codecs, 1.2e-3 for blocks (activations of 15 bits), at most 3 swaps of a
-# codec; with f16 ones 6e-3 (the median configuration: 1.7e-3), with bf16 4e-2 (1.2e-2), with int8 0.1
-# (2.8e-2), and there 40 swaps.
+# codec; with f16 ones 6e-3 (the median configuration: 1.7e-3), with bf16 4e-2 (1.2e-2), with int8
+# 0.1 (2.8e-2), and there 40 swaps.
 PLAIN = (1e-5, 1e-5, 0.0)
 BLOCKS = (3e-3, 1e-3, 0.01)
 SHORT_KEYS = {
