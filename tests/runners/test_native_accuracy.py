@@ -13,7 +13,6 @@ from typing import get_args
 
 import numpy as np
 import pytest
-from differences import swaps
 from test_native_step import stored_in
 
 from earnest import env
@@ -21,11 +20,10 @@ from earnest.checkpoint import Checkpoint, open_checkpoint
 from earnest.checkpoint.synth import random_blocks
 from earnest.codecs.registry import CODECS
 from earnest.config import ErnieConfig
-from earnest.engine.batch import Batch
 from earnest.quantize.run import quantize
-from earnest.runners import Routing
 from earnest.runners.native import isa
-from earnest.runners.reference import ReferenceRunner, model
+from earnest.runners.reference import ReferenceRunner
+from earnest.verify import nearness
 
 pytestmark = pytest.mark.skipif(not isa.installed(), reason="the compiled kernels are not built")
 
@@ -151,51 +149,19 @@ def synthetic(weights_of) -> dict[str, np.ndarray]:
     }
 
 
-def own_choices(
-    checkpoint: Checkpoint, batch: Batch, ours: list[Routing], monkeypatch: pytest.MonkeyPatch
-) -> tuple[list[Routing], list[np.ndarray]]:
-    """What the reference would choose, and its selection scores, after the same past: it goes on
-    with the experts of `ours`. (Another choice changes what all layers above are made of, for later
-    tokens too, and random weights are quick to fall apart: left to itself the reference would be in
-    another place.)"""
-    own: list[Routing] = []
-    scores: list[np.ndarray] = []
-    true_route = model.route
-
-    def route(logits_TE, bias_E, active, norm_min):  # type: ignore[no-untyped-def]
-        mine = ours[len(own)]
-        experts_TA, weights_TA = true_route(logits_TE.copy(), bias_E, active, norm_min)
-        own.append(Routing(mine.layer, experts_TA.astype(np.int32), weights_TA))
-        probability_TE = model.softmax(logits_TE)
-        scores.append(probability_TE + (0 if bias_E is None else bias_E))
-        weights_TA = np.take_along_axis(probability_TE, mine.experts.astype(np.int64), axis=-1)
-        return mine.experts, weights_TA / np.maximum(weights_TA.sum(-1, keepdims=True), norm_min)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(model, "route", route)
-        ReferenceRunner(checkpoint, num_blocks=SEQUENCES).step(batch)
-    return own, scores
-
-
 @pytest.mark.parametrize("codec", ["q4_0", "q8_0"])
-def test_the_same_experts(codec: str, checkpoint_of, weights_of, batch_of, monkeypatch) -> None:
-    """Both choose the same experts for nearly every token in every layer, and where they do not, it
-    is a near tie."""
+def test_the_same_experts(codec: str, checkpoint_of, weights_of) -> None:
+    """Both choose the same experts for nearly every token in every layer, after the same past; and
+    where they do not, it is a near tie."""
     checkpoint = stored_in(checkpoint_of(SHAPE, synthetic(weights_of)), codec)
     prompts = np.random.default_rng(9).integers(SHAPE.vocab_size, size=(SEQUENCES, TOKENS))
-    batch = batch_of(*[(prompt.tolist(), 0, [i]) for i, prompt in enumerate(prompts)])
     for kv in get_args(KvType):
-        ours: list[Routing] = []
-        NativeRunner(checkpoint, num_blocks=SEQUENCES, kv=kv).step(batch, ours)
-        own, scores = own_choices(checkpoint, batch, ours, monkeypatch)
-        found = swaps(ours, own, scores)
-        for swap in found:
-            print(f"{codec}, keys and values in {kv}: {swap}")
-        pairs = sum(len(routing.experts) for routing in ours)
-        print(
-            f"{codec}, keys and values in {kv}: {len(found)} of {pairs} (token, layer) pairs "
-            f"differ, {1 - len(found) / pairs:.2%} are the same"
-        )
+        report = nearness(checkpoint, sequences=prompts.tolist(), kv=kv)
+        for other in report.other_experts:
+            print(f"{codec}, keys and values in {kv}: {other}")
+        assert report.expert_agreement is not None
+        print(f"{codec}, keys and values in {kv}: {report.expert_agreement:.2%} are the same")
         tie, share = SWAPS[kv]
-        assert all(swap.gap < tie * swap.scale for swap in found), "not a tie"
-        assert len(found) <= share * pairs
+        assert all(other.tie < tie for other in report.other_experts), "not a tie"
+        assert report.expert_agreement >= 1 - share
+        assert kv == "f16" or report.passed == (kv in ("f32", "int16"))

@@ -22,6 +22,7 @@ EPILOG = """\b
 Examples:
   earnest verify ./ERNIE-4.5-0.3B-PT
   earnest verify ./ERNIE-4.5-21B-A3B-PT --against transformers --layers 2
+  earnest verify ./packed --against native
   earnest verify ./model --write-manifest model.sha256.json
   earnest verify ./copy --manifest model.sha256.json --no-self-check
 """
@@ -31,13 +32,14 @@ Examples:
 @click.argument("path")
 @click.option(
     "--against",
-    type=click.Choice(["transformers"]),
-    help="Also compare experts and logits with this reference (needs torch and transformers).",
+    type=click.Choice(["transformers", "native"]),
+    help="Also compare experts and logits: transformers, with the reference implementation (needs "
+    "torch and transformers); native, how near the compiled runner is to the specification.",
 )
 @click.option(
     "--layers",
     type=click.IntRange(min=1),
-    help="With --against: only the first N layers (default: as many as memory allows).",
+    help="With --against transformers: only the first N layers (default: what memory allows).",
 )
 @click.option(
     "--manifest", type=click.Path(path_type=Path), help="Check tensors against this manifest."
@@ -64,10 +66,13 @@ def command(
 
     Integrity reads every tensor (names, shapes, NaN, zeros, correction bias, sha256). The
     self-check runs the model on a built-in text and says which known mistake an implausible result
-    looks like. --against compares expert choice and logits with the reference implementation.
+    looks like. --against compares expert choice and logits with the reference implementation, or
+    those of the compiled runner with ours.
     """
     from earnest import verify
 
+    if layers is not None and against != "transformers":
+        raise click.UsageError("--layers goes with --against transformers only")
     with progress_bar("verifying") as progress:
         checkpoint = opened(
             path, progress, allow_missing_correction_bias=allow_missing_correction_bias
@@ -79,7 +84,9 @@ def command(
         }
         if not no_self_check:
             reports["self_check"] = verify.selfcheck(checkpoint, progress=progress)
-        if against is not None:
+        if against == "native":
+            reports["nearness"] = verify.nearness(checkpoint, progress=progress)
+        if against == "transformers":
             reports["exactness"] = verify.compare(checkpoint, num_layers=layers, progress=progress)
     passed = verify.verdict(**reports)
     if as_json:

@@ -1,6 +1,8 @@
-"""Proof: is a checkpoint computed exactly, and does it read like a trained model?"""
+"""Proof: is a checkpoint computed exactly, does it read like a trained model, and how near is the
+native runner to the reference?"""
 
 from earnest.verify.exactness import ExactnessReport, compare
+from earnest.verify.nearness import NearnessReport, nearness
 from earnest.verify.passages import PASSAGES, Passage
 from earnest.verify.selfcheck import SelfCheckReport, selfcheck
 from earnest.verify.verdict import verdict
@@ -8,9 +10,11 @@ from earnest.verify.verdict import verdict
 __all__ = [
     "PASSAGES",
     "ExactnessReport",
+    "NearnessReport",
     "Passage",
     "SelfCheckReport",
     "compare",
+    "nearness",
     "selfcheck",
     "verdict",
 ]

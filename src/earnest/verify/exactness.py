@@ -27,12 +27,11 @@ import numpy.typing as npt
 
 from earnest import env
 from earnest.checkpoint.checkpoint import Checkpoint
-from earnest.errors import MemoryBudgetError, TokenizerError, UserError
+from earnest.errors import MemoryBudgetError, UserError
 from earnest.log import Progress, silent
 from earnest.runners.base import Float32, Routing
 from earnest.runners.reference import Arithmetic
-from earnest.verify.passages import PASSAGES
-from earnest.verify.reading import Reader, encode, layer_sizes
+from earnest.verify.reading import Reader, layer_sizes, sequences_of
 from earnest.verify.transformers_reference import (
     LayerTrace,
     Trace,
@@ -156,7 +155,7 @@ class ExactnessReport:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-able form; what is not finite becomes null."""
-        return {name: _finite(value) for name, value in asdict(self).items()}
+        return {name: finite(value) for name, value in asdict(self).items()}
 
 
 def compare(
@@ -184,7 +183,7 @@ def compare(
     total = checkpoint.config.num_hidden_layers
     if num_layers is not None and not 1 <= num_layers <= total:
         raise UserError("num_layers is out of range", got=num_layers, expected=f"1 to {total}")
-    sequences, notes = _sequences(checkpoint)
+    sequences, notes = sequences_of(checkpoint, MAX_TOKENS)
     layers, advice = _fitting_layers(checkpoint, num_layers, sum(map(len, sequences)))
     ours = _Ours(checkpoint, sequences, layers, arithmetic, progress)
     gc.collect()  # the decoded weights: transformers needs that memory now
@@ -197,19 +196,6 @@ def compare(
         progress(size, size, "the reference reads")
         notes = (reference.how, *notes, *advice)
         return comparison.report(reference.version, total, notes)
-
-
-def _sequences(checkpoint: Checkpoint) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
-    """The passages as ids; fixed pseudo-random ids where there is no tokenizer for them."""
-    context = checkpoint.config.max_position_embeddings
-    try:
-        readings = encode(checkpoint, PASSAGES, MAX_TOKENS)
-        return [(reading.prefix + reading.body)[:context] for reading in readings], ()
-    except TokenizerError as error:
-        rng = np.random.default_rng(0)
-        ids = rng.integers(0, checkpoint.config.vocab_size, (len(PASSAGES), min(context, 64)))
-        note = f"pseudo-random token ids took the place of the text: {error.problem}"
-        return [tuple(row.tolist()) for row in ids], (note,)
 
 
 def _fitting_layers(
@@ -460,11 +446,12 @@ def _ratio(difference: float, scale: float) -> float:
     return difference / scale if scale else difference
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
+    """What JSON can hold: floats that are not finite become None, tuples become lists."""
     if isinstance(value, float):
         return value if np.isfinite(value) else None
     if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
+        return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
+        return [finite(item) for item in value]
     return value

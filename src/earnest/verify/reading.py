@@ -19,8 +19,8 @@ from earnest.checkpoint.lazy import LazyTensor
 from earnest.errors import TokenizerError
 from earnest.log import Progress, silent
 from earnest.runners.base import Batch, Float32, Routing
-from earnest.runners.reference import Arithmetic, ReferenceRunner
-from earnest.verify.passages import Passage
+from earnest.runners.reference import Arithmetic, Model, ReferenceRunner
+from earnest.verify.passages import PASSAGES, Passage
 
 _BLOCK_SIZE = 32
 
@@ -69,6 +69,22 @@ def encode(checkpoint: Checkpoint, passages: Sequence[Passage], limit: int) -> l
     return readings
 
 
+def sequences_of(
+    checkpoint: Checkpoint, limit: int
+) -> tuple[list[tuple[int, ...]], tuple[str, ...]]:
+    """The built-in passages as ids, at most `limit` of each, and notes for the reader; fixed
+    pseudo-random ids where there is no tokenizer for the text."""
+    context = checkpoint.config.max_position_embeddings
+    try:
+        readings = encode(checkpoint, PASSAGES, limit)
+        return [(reading.prefix + reading.body)[:context] for reading in readings], ()
+    except TokenizerError as error:
+        rng = np.random.default_rng(0)
+        ids = rng.integers(0, checkpoint.config.vocab_size, (len(PASSAGES), min(context, 64)))
+        note = f"pseudo-random token ids took the place of the text: {error.problem}"
+        return [tuple(row.tolist()) for row in ids], (note,)
+
+
 def layer_sizes(checkpoint: Checkpoint, size: Callable[[LazyTensor], int]) -> list[int]:
     """`size` summed over the tensors of each layer."""
     sums = [0] * checkpoint.config.num_hidden_layers
@@ -89,6 +105,12 @@ class Reader:
         num_layers: only the first so many layers; all by default.
         memory_budget: bytes that decoded weights may take; see `ReferenceRunner`.
 
+    Attributes:
+        model: the reference's.
+        batch: the tokens of all sequences, logits wanted of every one.
+        num_blocks, block_size: KV blocks that the batch uses, and positions in each.
+        rows: which tokens of the batch each sequence is.
+
     Raises:
         MemoryBudgetError: keys and values do not fit.
     """
@@ -102,21 +124,23 @@ class Reader:
         memory_budget: int | None = None,
     ) -> None:
         blocks = [-(-len(ids) // _BLOCK_SIZE) for ids in sequences]
+        self.num_blocks, self.block_size = sum(blocks), _BLOCK_SIZE
         self._runner = ReferenceRunner(
             checkpoint,
-            num_blocks=sum(blocks),
-            block_size=_BLOCK_SIZE,
+            num_blocks=self.num_blocks,
+            block_size=self.block_size,
             memory_budget=memory_budget,
             num_layers=num_layers,
         )
-        self.num_layers = self._runner.model.num_layers
+        self.model = self._runner.model
+        self.num_layers = self.model.num_layers
         layers = layer_sizes(checkpoint, lambda tensor: tensor.nbytes)[: self.num_layers]
         self._bytes_read = (0, *accumulate(layers))
         starts = np.array([0, *accumulate(len(ids) for ids in sequences)], np.int32)
         tables = np.full((len(sequences), max(blocks)), -1, np.int32)
         for row, (first, stop) in enumerate(pairwise((0, *accumulate(blocks)))):
             tables[row, : stop - first] = np.arange(first, stop)
-        self._batch = Batch(
+        self.batch = Batch(
             tokens=np.array([token for ids in sequences for token in ids], np.int32),
             positions=np.concatenate([np.arange(len(ids), dtype=np.int32) for ids in sequences]),
             sequence_starts=starts,
@@ -128,6 +152,7 @@ class Reader:
     def hidden_states(
         self,
         *,
+        model: Model | None = None,
         arithmetic: Arithmetic | None = None,
         routing: list[Routing] | None = None,
         progress: Progress = silent,
@@ -136,14 +161,14 @@ class Reader:
         """Yield the residual stream float32 `[T, D]`: the embeddings, then after each layer.
 
         `progress` counts stored bytes of the layers. `routing` receives the router's decisions of
-        each MoE layer.
+        each MoE layer. `model` takes the place of the reference's own.
         """
-        model = replace(self._runner.model, arithmetic=arithmetic or Arithmetic())
-        states = model.hidden_states(self._batch, self._runner.cache, routing)
+        model = replace(model or self.model, arithmetic=arithmetic or Arithmetic())
+        states = model.hidden_states(self.batch, self._runner.cache, routing)
         for layer, x_TD in enumerate(states):
             progress(self._bytes_read[layer], self._bytes_read[-1], what)
             yield x_TD
 
     def logits(self, x_RD: Float32) -> Float32:
         """Logits float32 `[R, V]` of rows of the last hidden state."""
-        return self._runner.model.head(x_RD)
+        return self.model.head(x_RD)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from earnest.checkpoint.integrity import IntegrityReport
 from earnest.verify.exactness import ExactnessReport
+from earnest.verify.nearness import NearnessReport
 from earnest.verify.selfcheck import UNTRAINED, SelfCheckReport
 
 
@@ -11,6 +12,7 @@ def verdict(
     integrity: IntegrityReport,
     self_check: SelfCheckReport | None = None,
     exactness: ExactnessReport | None = None,
+    nearness: NearnessReport | None = None,
 ) -> bool:
     """Whether a checkpoint passes as a whole; checks that were not asked for are None.
 
@@ -18,7 +20,8 @@ def verdict(
     better than chance fails the checkpoint, unless the reference was asked and computes the same
     from them: then it is the weights that are random, and everything else is proved in order.
     """
-    if not integrity.passed or (exactness is not None and not exactness.passed):
+    compared = [report for report in (exactness, nearness) if report is not None]
+    if not integrity.passed or not all(report.passed for report in compared):
         return False
     if self_check is None or self_check.passed or not self_check.trials:
         return True

@@ -164,9 +164,16 @@ def route(
     probability_TE = softmax(logits_TE)
     score_TE = probability_TE if bias_E is None else probability_TE + bias_E
     experts_TA = np.argsort(-score_TE, axis=-1, kind="stable")[:, :active]
+    return experts_TA, expert_weights(probability_TE, experts_TA, norm_min)
+
+
+def expert_weights(
+    probability_TE: Float32, experts_TA: npt.NDArray[np.integer], norm_min: float
+) -> Float32:
+    """What the outputs of the chosen experts are multiplied with, float32 `[T, A]`."""
     weights_TA = np.take_along_axis(probability_TE, experts_TA, axis=-1)
     weights_TA /= np.maximum(np.sum(weights_TA, axis=-1, keepdims=True), np.float32(norm_min))
-    return experts_TA, weights_TA
+    return weights_TA
 
 
 class KVCache:
@@ -298,6 +305,20 @@ class Model:
             out_THC[rows] = attend(q_THC[rows], *cache.load(layer, slots_P))
         return self.linear(f"{prefix}.o_proj", out_THC.reshape(T, -1))
 
+    def router(self, layer: int, x_TD: Float32) -> tuple[Float32, Float32 | None]:
+        """The router's logits float32 `[T, E]` and its correction bias float32 `[E]`, if any."""
+        prefix = f"model.layers.{layer}.mlp"
+        bias_E = None
+        if self.arithmetic.use_correction_bias:
+            bias_E = self.weights.vector(f"{prefix}.moe_statics.e_score_correction_bias")
+        return self.weights.matmul(x_TD, f"{prefix}.gate.weight"), bias_E
+
+    def choose(
+        self, layer: int, logits_TE: Float32, bias_E: Float32 | None
+    ) -> tuple[npt.NDArray[np.int64], Float32]:
+        """Which experts of a layer act, and with which weights: see `route`."""
+        return route(logits_TE, bias_E, self.config.moe_k, self.config.moe_norm_min)
+
     def mixture(self, layer: int, x_TD: Float32, routing: list[Routing] | None = None) -> Float32:
         """Routed experts plus the shared ones, float32 `[T, D]`.
 
@@ -305,15 +326,7 @@ class Model:
         experts are stored fused as one wide SwiGLU that sees every token with weight 1.
         """
         prefix = f"model.layers.{layer}.mlp"
-        bias_E = None
-        if self.arithmetic.use_correction_bias:
-            bias_E = self.weights.vector(f"{prefix}.moe_statics.e_score_correction_bias")
-        experts_TA, weights_TA = route(
-            self.weights.matmul(x_TD, f"{prefix}.gate.weight"),
-            bias_E,
-            self.config.moe_k,
-            self.config.moe_norm_min,
-        )
+        experts_TA, weights_TA = self.choose(layer, *self.router(layer, x_TD))
         if routing is not None:
             routing.append(Routing(layer, experts_TA.astype(np.int32), weights_TA))
         y_TD = np.zeros_like(x_TD)
