@@ -1,10 +1,10 @@
 // Whole forward steps of small random models in one tier after the other: the logits must be the
 // generic tier's, bit for bit, on 1 and on 3 threads, in one batch and in many chunks. Dense and
-// MoE layers, every codec, both planes, keys and values in float32, bf16 and f16, a past of more than
-// one attention segment.
+// MoE layers, every codec, both planes, every sort of keys and values, a past of more than one
+// attention segment.
 //
 // With EARNEST_TIER that tier is compared with the generic one (run.sh: under emulation), otherwise
-// every tier that this machine executes (for sanitizers, too). The amx tier rounds the activations
+// every tier that this machine executes. The amx tier rounds the activations
 // of bf16 weights, and so does avx512bf16 if they have 8 bits: there a tier is compared with itself.
 #include <cmath>
 #include <cstdio>
