@@ -424,6 +424,8 @@ def test_a_destination_that_cannot_be_written(small_moe: Path) -> None:
         (["convert", "nowhere", "out", "--to", "hf"], 2, "nowhere"),
         (["convert", "stories", "out", "--to", "onnx"], 2, "onnx"),
         (["convert", "stories", "out"], 2, "--to"),
+        (["convert", "stories", "out.gguf", "--to", "hf"], 2, "--to gguf"),
+        (["pack", "stories", "x.gguf"], 2, "earnest convert SRC x.gguf --to gguf"),
         (["diff", "stories", "nowhere"], 2, "nowhere"),
         (["diff", "nowhere", "stories"], 2, "nowhere"),
         (["synth", "out", "--preset", "7b"], 2, "21b-a3b"),

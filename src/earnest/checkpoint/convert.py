@@ -16,7 +16,14 @@ from earnest import codecs
 from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.checkpoint.names import StoredTensor, tensor_specs
-from earnest.checkpoint.plan import Choose, plan_notes, plan_tensors, refuse_overlap, state_of
+from earnest.checkpoint.plan import (
+    Choose,
+    plan_notes,
+    plan_tensors,
+    refuse_file_name,
+    refuse_overlap,
+    state_of,
+)
 from earnest.checkpoint.side_files import copy_side_files
 from earnest.checkpoint.writer import Layout, WriteReport, write_checkpoint
 from earnest.codecs.base import Codec
@@ -51,8 +58,8 @@ def convert(
         progress: told about bytes written.
 
     Raises:
-        UserError: unknown layout or dtype, the destination exists or overlaps with the source, or
-            a weight is beyond the range of f16.
+        UserError: unknown layout or dtype, the destination exists, overlaps with the source or has
+            the name of a GGUF file, or a weight is beyond the range of f16.
         FormatError: Paddle's layout fuses tensors that no one type can hold.
         TensorsError: a tensor is missing that the layout needs.
         DiskFullError, AccessError, MachineError: it cannot be written; nothing is at the
@@ -63,6 +70,9 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"unknown dtype {dtype!r}", expected=", ".join(DTYPES))
     refuse_overlap(source.path, destination)
+    refuse_file_name(
+        destination, "choose another name for the folder, or pass --to gguf to make a GGUF file"
+    )
     plan = plan_tensors(source, to, _choice(source, dtype), mtp=source.has_mtp)
     return write_checkpoint(
         destination,

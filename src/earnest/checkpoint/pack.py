@@ -17,7 +17,14 @@ from earnest.checkpoint.checkpoint import Checkpoint
 from earnest.checkpoint.containers.base import Block, PlannedTensor
 from earnest.checkpoint.lazy import LazyTensor
 from earnest.checkpoint.names import StoredTensor
-from earnest.checkpoint.plan import Choose, plan_notes, plan_tensors, refuse_overlap, state_of
+from earnest.checkpoint.plan import (
+    Choose,
+    plan_notes,
+    plan_tensors,
+    refuse_file_name,
+    refuse_overlap,
+    state_of,
+)
 from earnest.checkpoint.side_files import copy_side_files
 from earnest.checkpoint.writer import WriteReport, write_checkpoint
 from earnest.codecs.base import Codec, Raw
@@ -39,11 +46,17 @@ def pack(
         progress: told about bytes written.
 
     Raises:
-        UserError: the destination exists or overlaps with the source.
+        UserError: the destination exists, overlaps with the source or has the name of a GGUF file.
         TensorsError: a tensor is missing.
         DiskFullError, AccessError, MachineError: it cannot be written; nothing is at the
             destination.
     """
+    refuse_overlap(source.path, destination)
+    refuse_file_name(
+        destination,
+        "choose another name for the packed folder, or make a GGUF file with "
+        f"earnest convert SRC {destination} --to gguf",
+    )
     return write_packed(
         source,
         destination,

@@ -235,6 +235,24 @@ def refuse_overlap(source: Path, destination: Path) -> None:
             )
 
 
+def refuse_file_name(destination: Path, remedy: str) -> None:
+    """Refuse to make a folder under the name of a GGUF file, which would not be one.
+
+    Args:
+        destination: where the folder shall appear.
+        remedy: how a GGUF file is made.
+
+    Raises:
+        UserError: its name ends in `.gguf`.
+    """
+    if destination.suffix == ".gguf":
+        raise UserError(
+            f"{destination} is the name of a GGUF file, and this makes a folder",
+            expected="a name that does not end in .gguf",
+            remedy=remedy,
+        )
+
+
 def state_of(source: Path) -> list[list[Any]]:
     """Names, sizes and times of the source's files: an interrupted run of another state of them
     must not be continued."""

@@ -43,7 +43,7 @@ def command(
     them, so that earnest run maps the file and starts at once. Few types have no such order; they
     become q8_0, and a line says so. Weights stream from file to file on all cores: memory stays
     under 2 GB whatever the size. DST appears when it is complete; an interrupted run is continued
-    by the same command.
+    by the same command. A GGUF file is made by earnest convert --to gguf, or earnest quantize.
     """
     with progress_bar("packing") as progress:
         checkpoint = opened(
