@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
+import threading
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 
 from earnest import compiled
+from earnest.cli import terminal as terminal_module
 from earnest.cli.main import main
 from earnest.measure import machine, speed
 from earnest.runners.native import isa
@@ -42,7 +47,45 @@ def test_bench_reports_rows_for_machines(capsys: pytest.CaptureFixture[str]) -> 
         share = row["gb_s"] / facts["machine"]["read_gb_s"]
         assert row["bandwidth_share"] == pytest.approx(share)
     assert [entry["prompt"] for entry in facts["first_token"]] == [1, 8]
-    assert "8 of 8" in err
+    assert "1 of 10: first token" in err
+    assert "10 of 10: decode at depth 16, batch 2" in err
+
+
+def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
+    """What is drawn on standard error, which is a terminal now."""
+    drawn = io.StringIO()
+    monkeypatch.setattr(terminal_module, "err", Console(file=drawn, force_terminal=True, width=99))
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    return drawn
+
+
+def test_nothing_is_drawn_while_bench_measures(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = terminal(monkeypatch)
+    step, beside = speed._Bench.step, list[str]()
+
+    def watched(bench: speed._Bench, *arguments: int) -> tuple[float, float]:
+        # A thread of rich that was told to end may take a moment.
+        beside.extend(
+            type(thread).__module__
+            for thread in threading.enumerate()
+            if not (ending := getattr(thread, "done", None)) or not ending.is_set()
+        )
+        return step(bench, *arguments)
+
+    monkeypatch.setattr(speed._Bench, "step", watched)
+    status, out, _ = run(capsys, "bench", "stories", *QUICK, "--runner", "reference")
+    assert status == 0
+    assert "tok/s" in out
+    assert beside
+    assert not any(module.startswith("rich") for module in beside), "a bar was alive"
+    before, first, after = drawn.getvalue().partition("1/10")
+    assert first, "measurements are numbered"
+    assert "opening" in before
+    assert "opening" not in after
+    assert "first token, cold, after a prompt of 8" in after
+    assert "decode at depth 16, batch 2" in after
 
 
 def test_bench_runs_the_reference_without_kernels(

@@ -65,7 +65,7 @@ def test_every_row_is_measured(kind: str, model: str, small_moe: Checkpoint) -> 
     assert found.runner == kind
     assert found.threads == (1 if kind == "native" else None)
     assert set(found.first_token_seconds) == {1, 9}
-    assert told == [(i, 8) for i in range(9)]
+    assert told == [(i, 10) for i in range(11)]  # two first tokens, eight rows
     for row in found.rows:
         each = row.tokens if row.kind == "prefill" else 1
         assert row.tokens_per_second == pytest.approx(row.batch * each / row.seconds)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any, Unpack
 
 import click
@@ -12,12 +13,13 @@ from earnest.cli.terminal import (
     allow_bias_option,
     human_bytes,
     json_option,
-    notice,
     out,
     print_json,
     print_table,
     progress_bar,
+    still_progress,
 )
+from earnest.log import Progress
 from earnest.measure import Rates, Speed, measure_rates, measure_speed, plan
 from earnest.runners.native import isa
 
@@ -78,29 +80,30 @@ def command(
     Every sequence is fed its own random tokens. A depth is declared: the KV blocks are filled with
     random numbers, which a step reads like any others. Sampling is not timed.
     """
-    with progress_bar("opening") as progress:
+    with contextlib.ExitStack() as shown:
+        opening = shown.enter_context(progress_bar("opening"))
         checkpoint = opened(
-            model, progress, allow_missing_correction_bias=allow_missing_correction_bias
+            model, opening, allow_missing_correction_bias=allow_missing_correction_bias
         )
-        what = plan(checkpoint.config, depths=depth, batches=batch, prefill=prefill, tokens=tokens)
-        speed = measure_speed(
-            checkpoint,
-            what,
-            **how,
-            loading=progress,
-            progress=_announce,
+        wanted = plan(
+            checkpoint.config, depths=depth, batches=batch, prefill=prefill, tokens=tokens
         )
+        measuring: Progress | None = None
+
+        def measured(done: int, total: int, what: str) -> None:
+            nonlocal measuring
+            if measuring is None:
+                shown.close()  # the bar has a thread of its own, which would be timed, too
+                measuring = shown.enter_context(still_progress())
+            measuring(done, total, what)
+
+        speed = measure_speed(checkpoint, wanted, **how, loading=opening, progress=measured)
     # Afterwards, so that the memory it reads is not part of the peak.
     rates = measure_rates(speed.threads) if isa.installed() else None
     if as_json:
         print_json(_facts(speed, rates))
     else:
         _print(speed, rates)
-
-
-def _announce(done: int, total: int, what: str) -> None:
-    if done < total:
-        notice(f"{done + 1} of {total}: {what}")
 
 
 def _facts(speed: Speed, rates: Rates | None) -> dict[str, Any]:

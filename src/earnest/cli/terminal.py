@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
+    MofNCompleteColumn,
     TextColumn,
     TimeRemainingColumn,
     TransferSpeedColumn,
@@ -92,6 +93,32 @@ def progress_bar(label: str) -> Iterator[Progress]:
             bar.update(task, completed=done, total=total, description=f"{label} {what[-40:]}")
 
         yield advance
+
+
+@contextlib.contextmanager
+def still_progress() -> Iterator[Progress]:
+    """Which of several things is being done, for what is timed: nothing is drawn but by a call.
+
+    On a terminal one line, gone at the end; elsewhere a plain line for each.
+    """
+    if not sys.stderr.isatty():
+        yield _numbered_lines
+        return
+    columns = (MofNCompleteColumn(), BarColumn(), TextColumn("{task.description}"))
+    with Bar(*columns, console=err, transient=True, auto_refresh=False) as bar:
+        task = bar.add_task("", total=None, visible=False)
+
+        def advance(done: int, total: int, what: str) -> None:
+            now = min(done + 1, total)
+            bar.update(task, completed=now, total=total, description=what, visible=True)
+            bar.refresh()
+
+        yield advance
+
+
+def _numbered_lines(done: int, total: int, what: str) -> None:
+    if done < total:
+        notice(f"{done + 1} of {total}: {what}")
 
 
 def _plain_lines(label: str) -> Progress:

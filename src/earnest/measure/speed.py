@@ -206,7 +206,8 @@ def measure_speed(
         what: the rows to measure.
         runner, threads, kv, activation_bits, lock: see `RunnerChoice`.
         loading: told how far packing is, in bytes.
-        progress: told how many rows are done.
+        progress: told how many measurements are done: the first tokens, then the rows. It is
+            called between them only, so what it does is not timed.
 
     Raises:
         MemoryBudgetError: keys and values, or the weights, have no room.
@@ -224,17 +225,22 @@ def measure_speed(
     )
     bench = _Bench(checkpoint, made, what)
     load_seconds = time.perf_counter() - begun
-    first = {n: bench.step(0, 1, n)[0] for n in sorted({1, what.prefill} - {0})}
-    fill(made)
+    prompts = sorted({1, what.prefill} - {0})
     kinds: list[Kind] = [kind for kind in _KINDS if getattr(what, _KINDS[kind])]
     wanted = [(k, depth, batch) for k in kinds for depth in what.depths for batch in what.batches]
+    total = len(prompts) + len(wanted)
+    first = {}
+    for i, n in enumerate(prompts):
+        progress(i, total, f"first token, cold, after a prompt of {n:,}")
+        first[n] = bench.step(0, 1, n)[0]
+    fill(made)
     rows = []
-    for i, (kind, depth, batch) in enumerate(wanted):
-        progress(i, len(wanted), f"{kind} at depth {depth:,}, batch {batch}")
+    for i, (kind, depth, batch) in enumerate(wanted, len(prompts)):
+        progress(i, total, f"{kind} at depth {depth:,}, batch {batch}")
         rows.append(
             bench.prefill(depth, batch) if kind == "prefill" else bench.decode(depth, batch)
         )
-    progress(len(wanted), len(wanted), "done")
+    progress(total, total, "done")
     return Speed(
         runner="native" if choice.native else "reference",
         threads=made.pool.workers if isinstance(made, native.NativeRunner) else None,
