@@ -127,7 +127,12 @@ class NetworkError(MachineError):
 
 
 class MissingPackageError(MachineError):
-    """An optional Python package is needed for what was asked and is not installed."""
+    """An optional Python package, or the compiled kernels, are needed for what was asked and are
+    not installed."""
+
+
+class MissingKernelsWarning(RuntimeWarning):
+    """Models run in numpy, since this installation has no compiled kernels."""
 
 
 # --- nobody needs to do anything but wait -----------------------------------------------------

@@ -10,10 +10,12 @@ import importlib
 import json
 import logging
 import sys
+import warnings
+from typing import TextIO
 
 import click
 
-from earnest.errors import EarnestError, MemoryBudgetError
+from earnest.errors import EarnestError, MemoryBudgetError, MissingKernelsWarning
 from earnest.log import logger
 
 # Verb to the line shown by --help. Modules are imported only when their verb is used, so that
@@ -85,9 +87,26 @@ class _Warnings(logging.Handler):
 _WARNINGS = _Warnings(logging.WARNING)
 
 
+def _show_warning(
+    message: Warning | str,
+    category: type[Warning],
+    filename: str,
+    lineno: int,
+    file: TextIO | None = None,
+    line: str | None = None,
+) -> None:
+    """`warnings.showwarning`: what Earnest warns of without the line of code it comes from."""
+    if issubclass(category, MissingKernelsWarning):
+        click.echo(f"{click.style('warning:', fg='yellow', bold=True)} {message}", err=True)
+    else:
+        text = warnings.formatwarning(message, category, filename, lineno, line)
+        click.echo(text, file=file, err=file is None, nl=False)
+
+
 def main(arguments: list[str] | None = None) -> None:
     """Entry point of the `earnest` command; does not return."""
     logger.addHandler(_WARNINGS)
+    warnings.showwarning = _show_warning
     argv = sys.argv[1:] if arguments is None else arguments
     try:
         status = group.main(args=argv, prog_name="earnest", standalone_mode=False)

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from functools import cache
+from types import FrameType
 from typing import Any
 
 from earnest import compiled, env
-from earnest.errors import MissingPackageError, UserError
+from earnest.errors import MissingKernelsWarning, MissingPackageError, UserError
 
 WITHOUT_KERNELS = (
-    "earnest was installed without its compiled kernels, because no C++ compiler was found\n"
+    "earnest was installed without its compiled kernels\n"
     "  costs:    models run in numpy, tens of times slower and with several times the memory\n"
-    "  to do:    install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install)\n"
-    "            and, in Earnest's checkout: pip install --force-reinstall --no-deps ."
+    "  reasons:  there was no compiler for C++20, compiling failed, or EARNEST_NO_NATIVE was set\n"
+    "  to do:    install a C++ compiler (Debian: apt install g++; macOS: xcode-select --install),\n"
+    "            unset EARNEST_NO_NATIVE and, in Earnest's checkout:\n"
+    "              pip install --force-reinstall --no-deps -v .\n"
+    "            where -v shows why compiling failed, if it does so again"
 )
 
 
@@ -27,8 +32,17 @@ def warn_without_kernels() -> bool:
     """Say once, if there are no kernels, what that costs and how to mend it; True if so."""
     if installed():
         return False
-    warnings.warn(WITHOUT_KERNELS, RuntimeWarning, stacklevel=3)
+    warnings.warn(WITHOUT_KERNELS, MissingKernelsWarning, stacklevel=_levels_to_the_caller())
     return True
+
+
+def _levels_to_the_caller() -> int:
+    """How many calls back, seen from who asks, code of somebody else's called Earnest."""
+    frame: FrameType | None = sys._getframe(1)
+    level = 1
+    while frame is not None and f"{frame.f_globals.get('__name__')}.".startswith("earnest."):
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def native() -> Any:
