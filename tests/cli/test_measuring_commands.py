@@ -182,3 +182,39 @@ def test_doctor_refuses_a_tier_that_cannot_be_used(
     status, _, err = run(capsys, "doctor")
     assert status == 2
     assert "EARNEST_ISA" in err
+
+
+@needs_kernels
+def test_doctor_and_bench_show_the_rest_where_memory_is_short(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(machine.env, "free_memory", lambda: 200 * 2**20)
+    reason = "too little memory is free to measure how fast it is read (200 MiB"
+    status, out, err = run(capsys, "doctor")
+    assert status == 0, err
+    out = " ".join(out.split())  # however wide the terminal
+    assert f"not measured: {reason}" in out
+    assert isa.tier() in out and "300b-a47b" in out
+    status, out, _ = run(capsys, "doctor", "--json")
+    facts = json.loads(out)
+    assert (status, facts["rates"]) == (0, None)
+    assert facts["rates_skipped"].startswith(reason)
+    assert facts["machine"]["tier"] == isa.tier()
+    status, out, err = run(capsys, "bench", "stories", *QUICK, "--json")
+    assert status == 0, err
+    facts = json.loads(out)
+    assert (len(facts["rows"]), facts["machine"]["read_gb_s"]) == (8, None)
+    assert facts["machine_skipped"].startswith(reason)
+
+
+def test_doctor_says_which_models_run_from_the_disk(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiled, "module", lambda: None)
+    monkeypatch.setattr(machine.env, "free_memory", lambda: 16 * 10**9)
+    _, out, _ = run(capsys, "doctor")
+    wanted = {("0.3b", "q4_0"): "yes", ("21b-a3b", "bf16"): "from disk"}
+    for (model, kind), says in wanted.items():
+        (row,) = [line.split() for line in out.splitlines() if line.split()[:2] == [model, kind]]
+        assert says in " ".join(row)
+    assert "earnest pack" in out

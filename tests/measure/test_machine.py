@@ -85,6 +85,12 @@ def test_what_fits_is_what_accounting_says() -> None:
     assert by_name["21b-a3b", "q4_0"]["fits"]
     assert not by_name["21b-a3b", "q8_0"]["fits"]
     assert not any(row["fits"] for row in rows if row["model"] == "300b-a47b")
+    # What does not fit but leaves an eighth for keys and values runs from the disk.
+    assert by_name["21b-a3b", "q8_0"]["from_disk"] and not by_name["21b-a3b", "q4_0"]["from_disk"]
+    one = PRESETS["300b-a47b"]
+    keys_values = Accounting(one).kv_bytes_per_token(2) * machine.CONTEXT
+    for free, verdict in ((8 * keys_values, True), (8 * keys_values - 8, False)):
+        assert {r["from_disk"] for r in machine.fits(free, configs={"300b": one})} == {verdict}
     edge = by_name["0.3b", "bf16"]
     need = edge["weight_bytes"] + edge["kv_bytes"]
     for free, verdict in ((need, True), (need - 1, False)):

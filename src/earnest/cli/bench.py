@@ -20,8 +20,7 @@ from earnest.cli.terminal import (
     still_progress,
 )
 from earnest.log import Progress
-from earnest.measure import Rates, Speed, measure_rates, measure_speed, plan
-from earnest.runners.native import isa
+from earnest.measure import Rates, Speed, measure_speed, plan, try_rates
 
 EPILOG = """\b
 Examples:
@@ -99,17 +98,18 @@ def command(
 
         speed = measure_speed(checkpoint, wanted, **how, loading=opening, progress=measured)
     # Afterwards, so that the memory it reads is not part of the peak.
-    rates = measure_rates(speed.threads) if isa.installed() else None
+    rates, skipped = try_rates(speed.threads)
     if as_json:
-        print_json(_facts(speed, rates))
+        print_json(_facts(speed, rates, skipped))
     else:
-        _print(speed, rates)
+        _print(speed, rates, skipped)
 
 
-def _facts(speed: Speed, rates: Rates | None) -> dict[str, Any]:
+def _facts(speed: Speed, rates: Rates | None, skipped: str | None) -> dict[str, Any]:
     nothing = {"tier": None, "threads": None, "read_gb_s": None, "int8_tops": None}
     return {
         "machine": rates.to_dict() if rates else nothing,
+        "machine_skipped": skipped,
         "runner": speed.runner,
         "depth_is": _DEPTH_IS,
         "load_s": speed.load_seconds,
@@ -124,9 +124,9 @@ def _facts(speed: Speed, rates: Rates | None) -> dict[str, Any]:
     }
 
 
-def _print(speed: Speed, rates: Rates | None) -> None:
+def _print(speed: Speed, rates: Rates | None, skipped: str | None) -> None:
     if rates is None:
-        out.print(f"{speed.runner} runner; without kernels the machine cannot be measured")
+        out.print(f"{speed.runner} runner; the machine was not measured: {skipped}")
     else:
         out.print(
             f"{speed.runner} runner, tier {rates.tier}, {rates.threads} threads; "

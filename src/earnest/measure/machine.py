@@ -32,6 +32,10 @@ _LEAST_READ = 64 * 2**20
 _READ = 512 * 2**20
 _REPEATS = 5
 
+# Of the free memory, what keys and values get beside mapped weights that fill it: an eighth
+# (`engine.load`).
+_FOR_KEYS_VALUES = 8
+
 
 @dataclass(frozen=True)
 class Cache:
@@ -145,6 +149,20 @@ def measure_rates(threads: int | None = None) -> Rates:
     return Rates(tier, pool.workers, read, integer)
 
 
+def try_rates(threads: int | None = None) -> tuple[Rates | None, str | None]:
+    """What `measure_rates` measures and None; or None and, in words, why it could not.
+
+    Raises:
+        UserError: not a number of threads, or `EARNEST_ISA` cannot be used here.
+    """
+    if not isa.installed():
+        return None, "there are no compiled kernels"
+    try:
+        return measure_rates(threads), None
+    except MemoryBudgetError as error:
+        return None, f"{error.problem} ({error.got}; {error.expected})"
+
+
 def fits(
     free_memory: int, read: float | None = None, configs: dict[str, ErnieConfig] | None = None
 ) -> list[dict[str, Any]]:
@@ -157,9 +175,10 @@ def fits(
 
     Returns:
         For each model and type: `model`, `type`, `weight_bytes`, `kv_bytes` (bf16, `CONTEXT`
-        tokens), `fits`, and `most_tok_s`: tokens a second that `read` allows one sequence at that
-        context, since a token reads its active weights and all its keys and values; None if `read`
-        is not known.
+        tokens), `fits`, `from_disk` (it does not fit, but a packed file of it is mapped, and what
+        has no room is read from the disk, at the disk's speed), and `most_tok_s`: tokens a second
+        that `read` allows one sequence at that context, if it fits, since a token reads its active
+        weights and all its keys and values; None if `read` is not known.
     """
     rows = []
     for name, config in (configs or {name: PRESETS[name] for name in MEMBERS}).items():
@@ -169,13 +188,15 @@ def fits(
             bits = counted.uniform(codec(kind).bits_per_weight) | {"norms": 32}
             weights = counted.weight_bytes(bits)
             token = keys_values + active_bytes(counted, bits)
+            fit = weights + keys_values <= free_memory
             rows.append(
                 {
                     "model": name,
                     "type": kind,
                     "weight_bytes": weights,
                     "kv_bytes": keys_values,
-                    "fits": weights + keys_values <= free_memory,
+                    "fits": fit,
+                    "from_disk": not fit and keys_values <= free_memory // _FOR_KEYS_VALUES,
                     "most_tok_s": None if read is None else read / token,
                 }
             )
