@@ -131,6 +131,14 @@ def test_run_json() -> None:
     assert ("tier" in took and "threads" in took) == isa.installed()
 
 
+def test_messages_about_the_context_name_the_option() -> None:
+    arguments = ["run", "stories", "-p", "Tim", "--context"]
+    for context in ("1", "100000"):
+        done = earnest(*arguments, context)
+        assert done.returncode == 2, done.stdout + done.stderr
+        assert "--context" in done.stderr
+
+
 def test_run_json_of_one_token_has_no_decode_rate() -> None:
     arguments = ["run", "stories", "-p", "Tim", "--max-tokens", "1", "--json"]
     assert json.loads(earnest(*arguments).stdout)["timings"]["decode_tokens_per_second"] is None

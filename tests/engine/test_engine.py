@@ -525,7 +525,7 @@ def test_blocks_limit_the_context() -> None:
     assert machine.max_context == 12
     with pytest.raises(PromptError, match="12") as caught:
         machine.add(Request((2,) * 12, SamplingParams()))
-    assert "max_context" in str(caught.value)
+    assert "max_context (--context on the command line)" in str(caught.value)
     machine.add(Request((2,) * 11, SamplingParams(max_tokens=None)))
     assert len(next(iter(drive(machine).values())).token_ids) == 1
 

@@ -346,7 +346,7 @@ def test_how_long_the_context_is(
 
 @pytest.mark.parametrize("asked", [0, -1, 513])
 def test_contexts_that_are_refused(asked: int) -> None:
-    with pytest.raises(UserError, match="max_context"):
+    with pytest.raises(UserError, match=r"max_context \(--context "):
         _plan_context(tiny_config(context=512), asked, 2**30, 64)
 
 
@@ -466,6 +466,7 @@ def test_a_context_that_does_not_fit_is_said() -> None:
     budget = 2 * 64 * 5 * 2 * 32 * 4
     model = load("stories", runner="reference", memory_budget=budget, notice=said.append)
     assert model.max_context == 64 and len(said) == 1 and "64 of 512" in said[0]
+    assert "max_context (--context on the command line) sets another" in said[0]
     with pytest.raises(PromptError, match="max_context"):
         model.generate([5] * 64, PARAMS)
     ids = list(range(260, 320))

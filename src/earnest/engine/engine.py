@@ -46,6 +46,8 @@ from earnest.runners.base import Float32, Runner
 if TYPE_CHECKING:
     from earnest.tokenizer import Tokenizer
 
+# What the reader of a message can change, by the names it has in Python and for every verb.
+MAX_CONTEXT = "max_context (--context on the command line)"
 # Logits of prompt tokens that one step may ask for: 162 rows of the full vocabulary.
 _PROMPT_LOGITS_BYTES = 64 * 2**20
 
@@ -183,7 +185,7 @@ class Engine:
         possible = self._runner.config.max_position_embeddings
         if possible == self.max_context:
             return ""
-        return f", or open the model with a larger max_context (it was made for {possible:,})"
+        return f", or open the model (made for {possible:,}) with a larger {MAX_CONTEXT}"
 
     def _stop_ids(self, request: Request) -> frozenset[int]:
         own = frozenset[int]() if request.sampling.ignore_eos else self._eos_ids
@@ -255,7 +257,7 @@ class Engine:
                 "there are not enough KV blocks",
                 got=f"{self.blocks.num_free:,} free",
                 expected=f"{count:,}",
-                remedy="pass fewer tokens, or open the model with a larger max_context",
+                remedy=f"pass fewer tokens, or open the model with a larger {MAX_CONTEXT}",
             )
         try:
             yield blocks

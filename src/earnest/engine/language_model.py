@@ -22,7 +22,7 @@ from earnest.checkpoint import Checkpoint, open_checkpoint
 from earnest.config import ErnieConfig
 from earnest.engine.batch import Slice, blocks_for, make_batch
 from earnest.engine.defaults import end_of_text_ids, sampling_defaults
-from earnest.engine.engine import Engine, check_token_ids
+from earnest.engine.engine import MAX_CONTEXT, Engine, check_token_ids
 from earnest.engine.reading import normalized
 from earnest.engine.request import (
     Completion,
@@ -121,7 +121,7 @@ def load(
     if max_context is None and context < config.max_position_embeddings:
         notice(
             f"the context is {context:,} of {config.max_position_embeddings:,} tokens, "
-            "which is what there is memory for; max_context sets another"
+            f"which is what there is memory for; {MAX_CONTEXT} sets another"
         )
     opened = choice.open(
         checkpoint,
@@ -157,7 +157,7 @@ def _plan_context(
     possible = config.max_position_embeddings
     if asked is not None and not 1 <= asked <= possible:
         raise UserError(
-            "max_context is out of range",
+            f"{MAX_CONTEXT} is out of range",
             got=f"{asked:,}",
             expected=f"1 to {possible:,}, which the model was made for",
         )
@@ -454,7 +454,7 @@ class LanguageModel:
                 "more tokens than the context holds",
                 got=f"{len(token_ids):,}",
                 expected=f"at most {self.max_context:,}",
-                remedy="pass fewer, or open the model with a larger max_context",
+                remedy=f"pass fewer, or open the model with a larger {MAX_CONTEXT}",
             )
         return [int(token) for token in token_ids]
 
