@@ -440,6 +440,11 @@ def test_a_destination_that_cannot_be_written(small_moe: Path) -> None:
         (["synth", "out", "--preset", "7b"], 2, "21b-a3b"),
         (["synth", "out", "--preset", "tiny-moe", "--layers", "99"], 2, "layers"),
         (["synth", "out", "--preset", "tiny-dense", "--mtp"], 2, "multi-token"),
+        (
+            ["synth", "out", "--preset", "tiny-moe", "--codec", "q4_0", "--dtype", "f16"],
+            2,
+            "--codec q4_0 --dtype f16",
+        ),
         (["pull", "no-owner"], 2, "owner/name"),
         (["pull", "owner/name"], 4, "EARNEST_OFFLINE"),
         (["inspect"], 2, "PATH"),

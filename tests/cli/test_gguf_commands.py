@@ -99,3 +99,15 @@ def test_packed_folders_of_smaller_and_of_random_weights(folder: Path, tmp_path:
     assert done.returncode == 0, done.stderr
     ran = earnest("verify", str(made), "--json")
     assert json.loads(ran.stdout)
+
+
+@pytest.mark.parametrize("name", ["made", "made.gguf"])
+def test_synth_says_where_blocks_do_not_fit_as_quantize_does(name: str, tmp_path: Path) -> None:
+    plain, target = tmp_path / "plain", tmp_path / name
+    assert earnest("synth", str(plain), "--preset", "tiny-moe").returncode == 0
+    done = earnest("synth", str(target), "--preset", "tiny-moe", "--codec", "q4_0")
+    assert done.returncode == 0, done.stderr
+    said = {line for line in done.stderr.splitlines() if "do not divide" in line}
+    assert said and all("stored as bf16" in line for line in said)
+    done = earnest("quantize", str(plain), str(tmp_path / f"q{name}"), "--codec", "q4_0")
+    assert said == {line for line in done.stderr.splitlines() if "do not divide" in line}

@@ -38,10 +38,9 @@ Examples:
 @click.option("--layers", type=click.IntRange(min=1), help="Only the first N layers.")
 @click.option(
     "--dtype",
-    type=click.Choice(["bf16", "f16", "f32"]),
-    default="bf16",
-    show_default=True,
-    help="Type of the weights (router and correction bias are always f32).",
+    type=click.Choice(DTYPES),
+    help="Type of the weights (bf16), of a folder or a .gguf file; router and correction bias are "
+    "always f32. Not with --codec.",
 )
 @click.option(
     "--codec",
@@ -57,7 +56,7 @@ def command(
     preset_name: str,
     seed: int,
     layers: int | None,
-    dtype: str,
+    dtype: str | None,
     codec: str | None,
     mtp: bool,
     force: bool,
@@ -69,6 +68,12 @@ def command(
 
     Scales are plausible and the correction bias is not zero. The same seed gives the same bytes.
     """
+    if codec and dtype:
+        raise UserError(
+            "--codec and --dtype both say in which type the weights are stored",
+            got=f"--codec {codec} --dtype {dtype}",
+            remedy="leave out one of them; --codec takes plain types, too",
+        )
     as_gguf = destination.suffix == ".gguf"
     if mtp and as_gguf:
         raise UserError("GGUF has no place for the multi-token-prediction block")
@@ -78,7 +83,12 @@ def command(
     with progress_bar("writing") as progress:
         if as_gguf:
             report = synth_gguf(
-                destination, config, codec or dtype, seed=seed, force=force, progress=progress
+                destination,
+                config,
+                codec or dtype or "bf16",
+                seed=seed,
+                force=force,
+                progress=progress,
             )
         elif codec:
             report = synth_packed(
@@ -86,6 +96,12 @@ def command(
             )
         else:
             report = synth(
-                destination, config, seed=seed, mtp=mtp, dtype=dtype, force=force, progress=progress
+                destination,
+                config,
+                seed=seed,
+                mtp=mtp,
+                dtype=dtype or "bf16",
+                force=force,
+                progress=progress,
             )
     print_written(report, as_json=as_json)

@@ -20,10 +20,13 @@ Rows that are no multiple of 256 cannot hold "k" blocks, and get the next better
 from __future__ import annotations
 
 import re
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 from earnest import codecs
 from earnest.codecs.base import Codec
+from earnest.config import ErnieConfig
 from earnest.errors import UserError
 
 _WITHOUT_K = {"q4_k": "q5_0", "q5_k": "q5_1", "q6_k": "q8_0"}
@@ -107,3 +110,35 @@ def fitting(wanted: str, columns: int) -> Codec:
     if columns % codec.block_weights and wanted in _WITHOUT_K:
         codec = codecs.codec(_WITHOUT_K[wanted])
     return codecs.codec(_UNBLOCKED) if columns % codec.block_weights else codec
+
+
+class Substitutes:
+    """Chooses the codecs of a recipe for the matrices of a model, and remembers where rows cannot
+    have the wanted one."""
+
+    def __init__(self, mix: Recipe, config: ErnieConfig) -> None:
+        self._mix, self._config = mix, config
+        self._found: Counter[tuple[str, str, int]] = Counter()
+
+    def codec(self, name: str, columns: int, count: int = 1) -> Codec:
+        """The codec of a matrix, by its canonical name and the length of its rows.
+
+        Args:
+            name: of `count` matrices, which get the same, the first.
+            columns: weights in a row.
+            count: how many matrices this is about.
+        """
+        config = self._config
+        wanted = self._mix.wanted(name, config.num_hidden_layers, tied=config.tie_word_embeddings)
+        codec = fitting(wanted, columns)
+        if codec.name != wanted:
+            self._found[wanted, codec.name, columns] += count
+        return codec
+
+    def notes(self) -> Iterator[str]:
+        """What a careful reader should know of the matrices asked about so far."""
+        for (wanted, codec, columns), count in self._found.items():
+            yield (
+                f"{count:,} tensors have rows of {columns:,} weights, which {wanted} blocks do not "
+                f"divide; they were stored as {codec}"
+            )

@@ -6,8 +6,6 @@ stored in the wanted type already are copied, not decoded.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,7 +17,7 @@ from earnest.checkpoint.pack import write_packed
 from earnest.checkpoint.writer import WriteReport
 from earnest.codecs.base import Codec
 from earnest.log import Progress, silent
-from earnest.quantize.recipe import Recipe, fitting, recipe
+from earnest.quantize.recipe import Substitutes, recipe
 
 
 def quantize(
@@ -50,36 +48,18 @@ def quantize(
             destination.
     """
     mix = recipe(codec)
-    substitutes = _Substitutes(mix, source)
+    substitutes = Substitutes(mix, source.config)
+
+    def choose(target: StoredTensor, tensor: LazyTensor) -> Codec:
+        return substitutes.codec(tensor.name, tensor.shape[-1])
+
     if destination.suffix == ".gguf":
-        choose = keeping_float32(source, substitutes.choose)
-        write = write_gguf
-    else:
-        choose, write = substitutes.choose, write_packed
-    report = write(source, destination, choose, label=mix.name, force=force, progress=progress)
-    return replace(report, notes=(*report.notes, *substitutes.notes()))
-
-
-class _Substitutes:
-    """Chooses codecs, and remembers where the rows of a tensor cannot have the wanted one."""
-
-    def __init__(self, mix: Recipe, source: Checkpoint) -> None:
-        self._mix, self._config = mix, source.config
-        self._found: Counter[tuple[str, str, int]] = Counter()
-
-    def choose(self, target: StoredTensor, tensor: LazyTensor) -> Codec:
-        config, columns = self._config, tensor.shape[-1]
-        wanted = self._mix.wanted(
-            tensor.name, config.num_hidden_layers, tied=config.tie_word_embeddings
+        keeping = keeping_float32(source, choose)
+        report = write_gguf(
+            source, destination, keeping, label=mix.name, force=force, progress=progress
         )
-        codec = fitting(wanted, columns)
-        if codec.name != wanted:
-            self._found[wanted, codec.name, columns] += 1
-        return codec
-
-    def notes(self) -> Iterator[str]:
-        for (wanted, codec, columns), count in self._found.items():
-            yield (
-                f"{count:,} tensors have rows of {columns:,} weights, which {wanted} blocks do not "
-                f"divide; they were stored as {codec}"
-            )
+    else:
+        report = write_packed(
+            source, destination, choose, label=mix.name, force=force, progress=progress
+        )
+    return replace(report, notes=(*report.notes, *substitutes.notes()))

@@ -9,7 +9,7 @@ same seed gives the same weights packed and as GGUF.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache, partial
 from math import gcd
@@ -29,7 +29,7 @@ from earnest.codecs.encode import GENERATION
 from earnest.codecs.panel import PANEL_ROWS, PANEL_VERSION, PANELS
 from earnest.config import ErnieConfig, to_gguf
 from earnest.log import Progress, silent
-from earnest.quantize.recipe import fitting, recipe
+from earnest.quantize.recipe import Substitutes, fitting, recipe
 
 # Counts up when the same seed gives other weights than before; part of the resume fingerprint.
 _GENERATION = 2
@@ -73,11 +73,11 @@ def synth_gguf(
     """
     config = replace(config, num_nextn_predict_layers=0)
     specs = {spec.name: spec for spec in tensor_specs(config)}
-    choose = _chooser(codec, config)
+    types = _Types(codec, config)
     plan = []
     for target in stored(config, "gguf"):
         spec = specs[target.parts[0].name]
-        plan.append(_planned(target, spec, choose(spec), config, seed))
+        plan.append(_planned(target, spec, types.of(spec, len(target.parts)), config, seed))
     resumed = write_staged(
         destination,
         plan,
@@ -93,7 +93,7 @@ def synth_gguf(
         nbytes=sum(tensor.nbytes for tensor in plan),
         files=(destination.name,),
         resumed=resumed,
-        notes=_NOTES,
+        notes=types.notes(),
     )
 
 
@@ -129,11 +129,11 @@ def synth_packed(
     else:
         config = replace(config, num_nextn_predict_layers=0)
     specs = {spec.name: spec for spec in tensor_specs(config, mtp)}
-    choose = _chooser(codec, config)
+    types = _Types(codec, config)
     plan = []
     for target in stored(config, "hf", mtp):
         spec = specs[target.parts[0].name]
-        tensor = _planned(target, spec, choose(spec), config, seed)
+        tensor = _planned(target, spec, types.of(spec, len(target.parts)), config, seed)
         if len(spec.shape) == 2:
             layout = PANELS[tensor.codec.name]
             blocks = partial(_panel_blocks, spec, tensor.codec.name, config.moe_num_experts, seed)
@@ -152,22 +152,30 @@ def synth_packed(
         },
         force=force,
         progress=progress,
-        notes=_NOTES,
+        notes=types.notes(),
     )
 
 
-def _chooser(codec: str, config: ErnieConfig) -> Callable[[TensorSpec], Codec]:
+class _Types:
     """The codec of a tensor: that of the recipe for matrices but the router, else float32."""
-    mix = None if codec in DTYPES else recipe(codec)
-    layers, tied = config.num_hidden_layers, config.tie_word_embeddings
 
-    def choose(spec: TensorSpec) -> Codec:
+    def __init__(self, codec: str, config: ErnieConfig) -> None:
+        self._plain = codec if codec in DTYPES else None
+        self._mixed = None if self._plain else Substitutes(recipe(codec), config)
+
+    def of(self, spec: TensorSpec, count: int) -> Codec:
+        """The codec of `count` tensors, of which `spec` is the first."""
         if spec.fp32 or len(spec.shape) == 1:
             return codecs.codec("f32")
-        wanted = mix.wanted(spec.name, layers, tied=tied) if mix else codec
-        return fitting(wanted, spec.shape[-1])
+        columns = spec.shape[-1]
+        if self._mixed:
+            return self._mixed.codec(spec.name, columns, count)
+        assert self._plain
+        return fitting(self._plain, columns)
 
-    return choose
+    def notes(self) -> tuple[str, ...]:
+        """What a careful reader should know of what was written."""
+        return (*_NOTES, *(self._mixed.notes() if self._mixed else ()))
 
 
 def _planned(
