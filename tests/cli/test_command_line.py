@@ -502,12 +502,18 @@ def test_an_interrupted_convert_is_finished_by_the_same_command(
     process.send_signal(how)
     process.wait(timeout=60)
     assert process.returncode != 0
-    assert "Traceback" not in (process.stderr.read() if process.stderr else "")
+    said = process.stderr.read() if process.stderr else ""
+    assert "Traceback" not in said
+    if how == signal.SIGINT:
+        assert f"is kept in {partial}: the same command goes on" in " ".join(said.split())
+        assert "delete that folder to start over" in said
     assert not destination.exists()
     kept = {path.name: path.stat().st_mtime_ns for path in partial.glob("model-*.safetensors")}
     assert kept
     done = earnest(*call)
     assert done.returncode == 0, done.stderr
+    assert f"an interrupted run left {partial}: what it finished is not made again" in done.stderr
+    assert "continuing an interrupted run" in done.stdout
     assert not partial.exists()
     for name, when in kept.items():
         assert (destination / name).stat().st_mtime_ns == when, "a finished shard was written again"

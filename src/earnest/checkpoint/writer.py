@@ -20,7 +20,7 @@ from earnest.checkpoint.plan import tensors_digest
 from earnest.config import ErnieConfig, to_hf
 from earnest.errors import DiskFullError
 from earnest.files import StagedFolder, machine_errors, require_space, write_json
-from earnest.log import Progress, silent
+from earnest.log import Progress, logger, silent
 
 Layout = Literal["hf", "paddle"]
 
@@ -135,8 +135,9 @@ def write_checkpoint(
 def resumable(
     destination: Path, identity: dict[str, Any], nbytes: int, *, force: bool
 ) -> Iterator[StagedFolder]:
-    """A staged folder that is refused at once if it cannot fit, and that a full disk leaves to be
-    continued.
+    """A staged folder that is refused at once if it cannot fit, and that a full disk or an
+    interrupt leaves to be continued: a note of the `KeyboardInterrupt` says how. That something is
+    continued is told as a warning.
 
     Args:
         destination: what is to appear.
@@ -151,8 +152,21 @@ def resumable(
     """
     require_space(destination, nbytes - _size_of(StagedFolder.partial_path(destination)))
     with StagedFolder(destination, identity, force=force) as staged:
+        if staged.resumed:
+            logger.warning(
+                "an interrupted run left %s: what it finished is not made again; delete that "
+                "folder to start over",
+                staged.path,
+            )
         try:
             yield staged
+        except KeyboardInterrupt as interrupt:
+            if staged.path.exists():  # else it is complete already
+                interrupt.add_note(
+                    f"what is finished is kept in {staged.path}: the same command goes on from "
+                    "there; delete that folder to start over"
+                )
+            raise
         except DiskFullError as error:
             raise DiskFullError(
                 error.problem,

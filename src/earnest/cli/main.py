@@ -121,8 +121,10 @@ def main(arguments: list[str] | None = None) -> None:
     except click.ClickException as error:
         error.show()
         status = error.exit_code
-    except (KeyboardInterrupt, click.Abort):
-        click.echo("interrupted", err=True)
+    except (KeyboardInterrupt, click.Abort) as error:
+        # click raises its own in place of an interrupt.
+        notes: list[str] = getattr(error.__cause__ or error, "__notes__", [])
+        click.echo("\n  ".join(["interrupted", *notes]), err=True)
         status = 130
     except BrokenPipeError:
         # The reader of our output has gone (for example `| head`): nothing to say, nobody to hear.

@@ -66,7 +66,8 @@ def print_written(report: WriteReport, *, as_json: bool) -> None:
         print_json(report.to_dict())
         return
     out.print(
-        f"wrote {report.path}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}",
+        f"wrote {report.path}: {report.tensors:,} tensors, {human_bytes(report.nbytes)}"
+        + (", continuing an interrupted run" if report.resumed else ""),
         markup=False,
     )
     for note in report.notes:
