@@ -38,7 +38,7 @@ GENERATIONS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 # Relative, and absolute in natural logarithms. The reference runner differs from torch by the order
-# of float32 sums; the native one keeps keys and values in f16 and activations in 15 bits.
+# of float32 sums; the native one keeps keys and values in int16 and activations in 15 bits.
 EXACT = {"rel": 1e-6, "abs": 1e-4}
 NATIVE = {"rel": 5e-3, "abs": 5e-2}
 

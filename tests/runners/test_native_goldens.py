@@ -89,7 +89,8 @@ def test_stories_prompts(stories, batch_of, case: int) -> None:
     ("options", "share"), [({"kv": "f32"}, 1e-4), ({}, 3e-3), ({"plain": "q8_0"}, 1e-2)]
 )
 def test_stories_perplexity(stories, batch_of, options: dict, share: float) -> None:
-    """Within 0.3% with keys and values in bf16; weights rounded to 8 bits are another model."""
+    """Within 0.3% with keys and values in int16, the default; weights rounded to 8 bits are another
+    model."""
     checkpoint, golden = stories
     case = golden["perplexity_case"]
     ids = case["ids"]
