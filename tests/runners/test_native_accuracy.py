@@ -129,7 +129,7 @@ SHAPE = ErnieConfig(
 SEQUENCES, TOKENS = 64, 16
 
 # How near a tie swapped experts must be, by the spread of the scores, and which share of pairs may
-# be swapped by roundings alone: by how keys and values are kept. See docs/log.md, 2026-11-24.
+# be swapped by roundings alone: by how keys and values are kept. See docs/log-2026-11-24.md.
 SWAPS = {
     "f32": (1e-3, 1e-3),
     "int16": (1e-3, 1e-3),
