@@ -33,6 +33,7 @@ VARIABLES = (
         "GiB that the reference runner's decoded weights may take, and half of it the keys and "
         "values of either runner",
     ),
+    Variable("EARNEST_NO_NATIVE", "not set", "1, while Earnest is installed: without the kernels"),
     Variable("EARNEST_OFFLINE", "0", "1: never use the network; fail instead of fetching"),
 )
 
