@@ -51,7 +51,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 # 32 MiB of pages between two forgettings, one tensor's pages, and the blocks in hand: 44 to 105 MB
-# seen. If nothing were forgotten, 386 MB of pages read would be on top, or at least 108 MB of blocks.
+# seen. If nothing were forgotten, 386 MB of pages read would be on top; of blocks at least 108.
 BOUND = 180e6
 
 

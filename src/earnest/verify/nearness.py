@@ -89,8 +89,8 @@ class NearnessReport:
         top1_agreement: share of tokens with the same likeliest next token.
         perplexity, reference_perplexity: of the passages, as each runner reads them.
         perplexity_apart: by which share they differ.
-        expert_agreement: share of (token, layer) pairs with the same set of experts; None for a
-            dense model.
+        pairs: (token, layer) pairs for which experts were chosen.
+        expert_agreement: share of these with the same set of experts; None for a dense model.
         other_experts: the pairs with others.
         failures: what exceeds its budget, one sentence each.
         budgets: the budgets, by the name of what they bound.
@@ -109,6 +109,7 @@ class NearnessReport:
     perplexity: float
     reference_perplexity: float
     perplexity_apart: float
+    pairs: int
     expert_agreement: float | None
     other_experts: tuple[OtherExperts, ...]
     failures: tuple[str, ...]
@@ -126,7 +127,11 @@ class NearnessReport:
         if self.expert_agreement is not None:
             worst = max((other.tie for other in self.other_experts), default=0.0)
             rows += [
-                ["other experts", f"{1 - self.expert_agreement:.2%}", f"{EXPERT_BUDGET:.1%}"],
+                [
+                    "other experts",
+                    f"{len(self.other_experts):,} of {self.pairs:,}",
+                    f"{_allowed(self.pairs):,}",
+                ],
                 ["farthest from a tie", f"{worst:.1e}", f"{NEAR_TIE:.0e}"],
             ]
         return rows
@@ -275,10 +280,10 @@ def _report(
         failures.append(
             f"perplexities are {apart:.1e} apart, at most {PERPLEXITY_BUDGET:.0e} is allowed"
         )
-    if len(others) > max(FEW, EXPERT_BUDGET * pairs):
+    if len(others) > _allowed(pairs):
         failures.append(
             f"other experts were chosen for {len(others)} of {pairs} (token, layer) pairs, at most "
-            f"{EXPERT_BUDGET:.1%} is allowed"
+            f"{_allowed(pairs)} are allowed"
         )
     if far := [other for other in others if not other.tie <= NEAR_TIE]:
         failures.append(
@@ -297,6 +302,7 @@ def _report(
         perplexity=float(np.exp(ours)),
         reference_perplexity=float(np.exp(theirs)),
         perplexity_apart=apart,
+        pairs=pairs,
         expert_agreement=1 - len(others) / pairs if pairs else None,
         other_experts=tuple(others),
         failures=tuple(failures),
@@ -308,6 +314,11 @@ def _report(
         },
         notes=notes,
     )
+
+
+def _allowed(pairs: int) -> int:
+    """How many of the pairs may have other experts."""
+    return max(FEW, int(EXPERT_BUDGET * pairs))
 
 
 def _mean_nats(
