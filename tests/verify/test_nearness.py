@@ -14,7 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from earnest import compiled
 from earnest.checkpoint.open import open_checkpoint
+from earnest.cli.main import main
 from earnest.runners.native import isa
 from earnest.runners.reference import Model
 from earnest.verify import nearness
@@ -69,6 +71,20 @@ def test_another_router_fails(mixture: Path, monkeypatch: pytest.MonkeyPatch) ->
     report = nearness(open_checkpoint(mixture))
     assert not report.passed
     assert any("experts" in failure for failure in report.failures)
+
+
+@pytest.mark.parametrize(("against", "missing"), [("native", "kernels"), ("transformers", "torch")])
+def test_what_is_missing_is_said_before_anything_is_read(
+    against: str, missing: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(compiled, "module", lambda: None)
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(SystemExit) as left:
+        main(["verify", "no/such/model", "--against", against])
+    assert left.value.code == 4
+    said = capsys.readouterr().err
+    assert missing in said
+    assert "no/such/model" not in said
 
 
 def test_command(mixture: Path, story_folder: Path) -> None:

@@ -17,6 +17,7 @@ from earnest.cli.terminal import (
     print_table,
     progress_bar,
 )
+from earnest.runners.native import isa
 
 EPILOG = """\b
 Examples:
@@ -73,6 +74,11 @@ def command(
 
     if layers is not None and against != "transformers":
         raise click.UsageError("--layers goes with --against transformers only")
+    # What is missing is said before minutes of reading.
+    if against == "native":
+        isa.native()
+    elif against == "transformers":
+        verify.load_packages()
     with progress_bar("verifying") as progress:
         checkpoint = opened(
             path, progress, allow_missing_correction_bias=allow_missing_correction_bias

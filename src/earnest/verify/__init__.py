@@ -5,6 +5,7 @@ from earnest.verify.exactness import ExactnessReport, compare
 from earnest.verify.nearness import NearnessReport, nearness
 from earnest.verify.passages import PASSAGES, Passage
 from earnest.verify.selfcheck import SelfCheckReport, selfcheck
+from earnest.verify.transformers_reference import load_packages
 from earnest.verify.verdict import verdict
 
 __all__ = [
@@ -14,6 +15,7 @@ __all__ = [
     "Passage",
     "SelfCheckReport",
     "compare",
+    "load_packages",
     "nearness",
     "selfcheck",
     "verdict",
